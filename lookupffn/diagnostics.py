@@ -1,0 +1,99 @@
+"""What a researcher asks of the hash while it trains: are the cells used, are bits dead, how near are the boundaries."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lookupffn.layer import LookupFFN
+from lookupffn.ops import at_least_float32
+from lookupffn.reference import sign_codes
+
+MARGIN_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class HashMonitor:
+    """Statistics of the codes of every LookupFFN in a model, gathered by forward hooks until ``close``.
+
+    At most ``tokens_per_call`` tokens of each forward pass are looked at, evenly spaced, so it can stay on during
+    training. Use as a context manager, or call ``close`` to remove the hooks::
+
+        with HashMonitor(model) as monitor:
+            model(**batch)
+        print(monitor.summary())
+    """
+
+    def __init__(self, model: nn.Module, tokens_per_call: int = 256):
+        if tokens_per_call < 1:
+            raise ValueError(f"tokens_per_call must be at least 1, not {tokens_per_call}")
+        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, LookupFFN)}
+        self.tokens_per_call = tokens_per_call
+        self.reset()
+        self._hooks = [
+            layer.projection.register_forward_hook(lambda _, __, z, name=name: self._look(name, z.detach()))
+            for name, layer in self.layers.items()
+        ]
+
+    def reset(self) -> None:
+        """Forgets everything seen so far."""
+        self._counts: dict[str, Tensor] = {}  # (T, K) tokens that fell in each cell
+        self._margins: dict[str, list[Tensor]] = {name: [] for name in self.layers}  # |z| of the latest tokens
+
+    def close(self) -> None:
+        """Removes the hooks; what was gathered stays."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def __enter__(self) -> HashMonitor:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def _look(self, name: str, z: Tensor) -> None:
+        config = self.layers[name].config
+        z = z.to(at_least_float32(z.dtype)).reshape(-1, config.num_tables, config.code_bits)  # (B, T, tau)
+        z = z[:: math.ceil(len(z) / self.tokens_per_call) or 1]
+        first = torch.arange(config.num_tables, device=z.device) * config.num_rows
+        cells = config.num_tables * config.num_rows
+        counts = torch.bincount((sign_codes(z) + first).flatten(), minlength=cells).view(config.num_tables, -1)
+        self._counts[name] = self._counts.get(name, 0) + counts
+        self._margins[name] = [*self._margins[name][-7:], z.abs().flatten()[: 2**16]]
+
+    def summary(self) -> list[dict]:
+        """One dict a layer, in model order; layers that saw no token are left out.
+
+        ``cells_used``: share of all cells met at least once. ``code_entropy``: entropy of the codes of a table,
+        averaged over tables, as a share of ``code_bits`` (1 is uniform). ``dead_bits``: how many of ``bits`` took one
+        value only. ``margin_quantiles``: of ``|z|``, the distance of a coordinate from flipping its bit.
+        ``tokens``: how many were looked at; with few, ``cells_used`` is bounded by ``tokens / K``.
+        """
+        result = []
+        for index, (name, layer) in enumerate(self.layers.items()):
+            if name not in self._counts or not self._counts[name].sum():
+                continue
+            config, counts = layer.config, self._counts[name].double()
+            tokens = counts[0].sum()
+            share = counts / tokens  # (T, K)
+            entropy_bits = -torch.xlogy(share, share).sum(1) / math.log(2)
+            codes = torch.arange(config.num_rows, device=counts.device)
+            bits = torch.stack([codes >> j & 1 for j in reversed(range(config.code_bits))], -1).double()  # (K, tau)
+            ones = counts @ bits  # (T, tau) tokens in which the bit was 1
+            margins = torch.cat(self._margins[name]).double()
+            quantiles = margins.quantile(torch.tensor(MARGIN_QUANTILES, device=margins.device).double())
+            result.append(
+                {
+                    "layer": index,
+                    "name": name,
+                    "tokens": int(tokens),
+                    "cells_used": (counts > 0).double().mean().item(),
+                    "code_entropy": entropy_bits.mean().item() / config.code_bits,
+                    "dead_bits": int(((ones == 0) | (ones == tokens)).sum()),
+                    "bits": config.code_features,
+                    "margin_quantiles": dict(zip(map(str, MARGIN_QUANTILES), quantiles.tolist(), strict=True)),
+                }
+            )
+        return result

@@ -1,0 +1,99 @@
+"""Configuration of the pre-norm RoBERTa encoder, and the sizes that have a name."""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class LookupRobertaConfig(PreTrainedConfig):
+    r"""A pre-norm RoBERTa encoder whose feed-forward layer is chosen by `ffn`.
+
+    Sizes follow `transformers.RobertaConfig`. `max_position_embeddings` counts tokens (no offset for padding).
+
+    Args:
+        ffn: `"dense"` or `"lookup"`, a name in `lookupffn.ffns.FFNS`.
+        num_tables, code_bits, projection, block_size, decay, reads: of the lookup layer, as in
+            [`lookupffn.LookupConfig`]; a dense layer ignores them and uses `intermediate_size`.
+        sparse_prediction: with labels, compute logits of labelled positions only; `logits` is then
+            (labelled tokens, vocab_size). Saves most of the head's work in pretraining.
+    """
+
+    model_type = "lookup_roberta"
+
+    vocab_size: int = 50265
+    hidden_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    ffn: str = "lookup"
+    num_tables: int = 128
+    code_bits: int = 8
+    projection: str = "bh4"
+    block_size: int = 64
+    decay: float | int = 0.7
+    reads: int = 1
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = True
+    sparse_prediction: bool = False
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> LookupRobertaConfig:
+        """The configuration called `name` in `PRESETS`, with `changes` applied.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
+        return cls(**PRESETS[name] | changes)
+
+
+# Feed-forward multiply-adds, dense over lookup, in the last comment of each.
+PRESETS = {
+    # seconds a hundred steps on two cores: for the demo
+    "demo": dict(
+        vocab_size=2048,
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        num_tables=64,
+        reads=2,
+        max_position_embeddings=512,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),  # 3.2
+    # half an hour on two cores
+    "small": dict(
+        vocab_size=8192,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        num_tables=64,
+        reads=2,
+        max_position_embeddings=512,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),  # 3.2
+    # the authors' small-512, lookup-t128-s8-bh4
+    "small-512": dict(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048),  # 6.4
+    # RoBERTa-base, with tables for about the same saving
+    "base": dict(
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        num_tables=256,
+    ),  # 6.6
+}
