@@ -1,4 +1,4 @@
-"""What a researcher asks of the hash while it trains: are the cells used, are bits dead, how near are the boundaries."""
+"""What a researcher asks of the hash in training: are cells used, are bits dead, how near are the boundaries."""
 
 from __future__ import annotations
 

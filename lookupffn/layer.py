@@ -50,7 +50,15 @@ class LookupConfig:
     version: int = 1
 
     def __post_init__(self):
-        for name in ("in_features", "out_features", "num_tables", "code_bits", "block_size", "reads", "version"):
+        for name in (
+            "in_features",
+            "out_features",
+            "num_tables",
+            "code_bits",
+            "block_size",
+            "reads",
+            "version",
+        ):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}")
         for name in ("in_features", "out_features", "num_tables"):
@@ -69,7 +77,11 @@ class LookupConfig:
             self._check("block_size", fits, f"a power of two, 1 to {self.padded_features} (in_features, padded)")
         if self.projection == "none":
             needed = self.code_features
-            self._check("in_features", self.in_features == needed, f"num_tables * code_bits = {needed} without projection")
+            self._check(
+                "in_features",
+                self.in_features == needed,
+                f"num_tables * code_bits = {needed} without projection",
+            )
 
     def _check(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
@@ -120,7 +132,12 @@ class BH4(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, block_size: int, decay: float, *, device=None, dtype=None):
         super().__init__()
-        self.in_features, self.out_features, self.block_size, self.decay = in_features, out_features, block_size, decay
+        self.in_features, self.out_features, self.block_size, self.decay = (
+            in_features,
+            out_features,
+            block_size,
+            decay,
+        )
         width = next_power_of_two(in_features)
         shape = (math.ceil(out_features / width), STAGES, width // block_size, block_size, block_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -160,7 +177,7 @@ class LookupFFN(nn.Module):
         if c.projection == "bh4":
             self.projection = BH4(c.in_features, c.code_features, c.block_size, c.decay, **where)
         elif c.projection == "dense":
-            self.projection = nn.utils.skip_init(nn.Linear, c.in_features, c.code_features, **where)
+            self.projection = nn.Linear(c.in_features, c.code_features, **where)
         else:
             self.projection = nn.Identity()
         self.tables = nn.Parameter(torch.empty(c.num_tables, c.num_rows, c.out_features, **where))
@@ -206,7 +223,13 @@ class LookupFFN(nn.Module):
 
     @classmethod
     def from_reference(
-        cls, state_dict: Mapping[str, Tensor], in_features: int, prefix: str = "", *, reads: int = 1, decay: float = 0.7
+        cls,
+        state_dict: Mapping[str, Tensor],
+        in_features: int,
+        prefix: str = "",
+        *,
+        reads: int = 1,
+        decay: float = 0.7,
     ) -> LookupFFN:
         """The layer that the authors' code trained, from its parameters (names after ``prefix``).
 
@@ -262,7 +285,7 @@ class LookupFFN(nn.Module):
 
 
 @torch.no_grad()
-def init_parameters(layer: LookupFFN, table_std: float = 0.02) -> None:
+def init_parameters(layer: LookupFFN) -> None:
     """Draws all parameters of a layer anew, in place, through ``torch.nn.init`` (so that transformers can guard it).
 
     ================================  =============  ==========================================================
@@ -281,5 +304,5 @@ def init_parameters(layer: LookupFFN, table_std: float = 0.02) -> None:
         fan_in = layer.projection.weight.shape[-1]  # b or D
         nn.init.normal_(layer.projection.weight, 0.0, fan_in**-0.5)
         nn.init.zeros_(layer.projection.bias)
-    nn.init.normal_(layer.tables, 0.0, table_std)
+    nn.init.normal_(layer.tables, 0.0, 0.02)
     nn.init.zeros_(layer.bias)

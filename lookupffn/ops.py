@@ -150,7 +150,10 @@ def _hash_codes(z: Tensor, reads: int) -> tuple[Tensor, Tensor]:
     m = z.abs()
     bit_value = 1 << torch.arange(z.shape[-1] - 1, -1, -1, dtype=torch.int32, device=z.device)  # first bit is highest
     code = ((z > 0) * bit_value).sum(-1, dtype=torch.int32)
-    total, probability = m.sum(-1), torch.sigmoid(2 * m).prod(-1)  # of the sign pattern; flips only lower them
+    total, probability = (
+        m.sum(-1),
+        torch.sigmoid(2 * m).prod(-1),
+    )  # of the sign pattern; flips only lower them
 
     # Flipping the set F of bits lowers <z, S> by 2 sum_F m. With m_1 <= m_2 <= m_3 the smallest magnitudes, the
     # cheapest sets are {}, {1}, {2} and then {3} or {1, 2}. Ties go to the bit that comes first.
@@ -179,7 +182,8 @@ def _(z, reads):
 
 @torch.library.custom_op("lookupffn::hash_codes_backward", mutates_args=())
 def _hash_codes_backward(grad: Tensor, z: Tensor, codes: Tensor) -> Tensor:
-    # For any pattern S, with u = S * z: score = (sum u) prod sigmoid(2 u), d score / du_j = prod + 2 score sigmoid(-2 u_j).
+    # For any pattern S, with u = S * z: score = (sum u) prod sigmoid(2 u),
+    # d score / du_j = prod + 2 score sigmoid(-2 u_j).
     bit_value = 1 << torch.arange(z.shape[-1] - 1, -1, -1, dtype=torch.int32, device=z.device)
     grad_z = torch.zeros_like(z)
     for n in range(codes.shape[-1]):

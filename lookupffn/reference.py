@@ -70,7 +70,7 @@ def sign_codes(z: Tensor) -> Tensor:
 
 
 def sign_score(z: Tensor) -> Tensor:
-    """Score of the sign pattern, ``(sum_j m_j) prod_j sigmoid(2 m_j)`` with ``m = |z|``: ``(..., tau)`` to ``(...)``."""
+    """Score of the sign pattern, ``(sum_j m_j) prod_j sigmoid(2 m_j)``, ``m = |z|``: ``(..., tau)`` to ``(...)``."""
     m = z.abs()
     return m.sum(-1) * torch.sigmoid(2 * m).prod(-1)
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class DenseFFN(nn.Module):
-    """Two matrix products with an exact GELU between: ``x (..., D)`` to ``(..., D)`` through width ``intermediate_size``.
+    """Two matrix products with an exact GELU between: ``x (..., D)`` to the same through width ``intermediate_size``.
 
     Initialised as any linear layer of the model it stands in. Source: "Attention is all you need", section 3.3, with
     GELU as in BERT and RoBERTa.

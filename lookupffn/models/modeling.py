@@ -6,6 +6,8 @@ ids count from 0 whatever the padding id; no token types; attention is one fused
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,13 +25,17 @@ from lookupffn.layer import LookupFFN, init_parameters
 from lookupffn.models.configuration import LookupRobertaConfig
 
 
+class PositionEmbedding(nn.Embedding):
+    """Learned positions that start as :func:`sinusoids`; a class of its own so that initialisation can tell it."""
+
+
 class Embeddings(nn.Module):
     """Word and position embeddings, normed: ids (batch, length) to (batch, length, hidden_size)."""
 
     def __init__(self, config: LookupRobertaConfig):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embeddings = PositionEmbedding(config.max_position_embeddings, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -43,6 +49,17 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(words + self.position_embeddings(position_ids)))
 
 
+def sinusoids(length: int, width: int, device=None) -> Tensor:
+    """Sines and cosines of falling frequency, of mean square 1: ``(length, width)`` ("Attention is all you need", 3.5).
+
+    The start of the learned positions: a shift is one linear map for all of them, so attention to a neighbour is
+    learned once and not once for every position, and a masked LM leaves its plateau several times sooner.
+    """
+    frequency = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
+    angle = torch.arange(length, device=device)[:, None] * frequency
+    return math.sqrt(2) * torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :width]
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of every token to every token that is not padding."""
 
@@ -52,7 +69,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"hidden_size {config.hidden_size} must be a multiple of num_attention_heads {config.num_attention_heads}"
+                f"hidden_size {config.hidden_size} must be a multiple of num_attention_heads, "
+                f"which is {config.num_attention_heads}"
             )
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -101,12 +119,16 @@ class LookupRobertaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear and embedding weights N(0, initializer_range), norms 1, biases 0; a lookup layer its own law."""
+        """Linear and word embedding weights N(0, initializer_range^2), positions sinusoids of that size, norms 1,
+        biases 0; a lookup layer its own law (``layer.init_parameters``)."""
         super()._init_weights(module)
         if isinstance(module, LookupFFN):
-            init_parameters(module, table_std=self.config.initializer_range)
+            init_parameters(module)
         elif isinstance(module, MaskedLMHead):
             initialization.zeros_(module.bias)
+        elif isinstance(module, PositionEmbedding):
+            waves = sinusoids(*module.weight.shape, device=module.weight.device)
+            initialization.copy_(module.weight, self.config.initializer_range * waves)
 
 
 class LookupRobertaModel(LookupRobertaPreTrainedModel):
@@ -136,13 +158,11 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """Ids or embeddings (batch, length[, hidden_size]) and a mask (batch, length), 1 for tokens and 0 for padding."""
+        """Ids or embeddings ``(batch, length[, hidden_size])``; a mask ``(batch, length)``, 1 for tokens."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
@@ -164,7 +184,9 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
         ffns = {id(p) for layer in self.layers for p in layer.ffn.parameters()}
         once = [p for p in self.parameters() if id(p) not in embeddings | ffns]
         rows = 2 * tokens * self.config.hidden_size * self.embeddings.word_embeddings.weight.element_size()
-        return rows + sum(p.numel() * p.element_size() for p in once) + sum(x.ffn.bytes_read(tokens) for x in self.layers)
+        return (
+            rows + sum(p.numel() * p.element_size() for p in once) + sum(x.ffn.bytes_read(tokens) for x in self.layers)
+        )
 
 
 class MaskedLMHead(nn.Module):

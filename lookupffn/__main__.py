@@ -1,0 +1,155 @@
+"""The command line: ``lookupffn flops | pretrain | demo``."""
+
+import dataclasses
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from lookupffn.recipe import PretrainConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def flops(
+    hidden_size: Annotated[int, typer.Option(help="width of the layer, D = E")] = 512,
+    intermediate_size: Annotated[int, typer.Option(help="width inside the dense FFN")] = 2048,
+    num_tables: Annotated[list[int], typer.Option(help="tables T; repeat for more rows")] = [64, 128],  # noqa: B006
+    code_bits: Annotated[int, typer.Option(help="bits of a code, tau")] = 8,
+    block_size: Annotated[int, typer.Option(help="edge of a BH4 block, b")] = 64,
+    reads: Annotated[int, typer.Option(help="nearest cells read in a table, N")] = 1,
+):
+    """Multiply-adds, tables and bytes read a token: dense against lookup, float32."""
+    from lookupffn.ffns.dense import DenseFFN
+    from lookupffn.layer import LookupConfig, LookupFFN
+
+    dense = DenseFFN(hidden_size, intermediate_size, device="meta")
+    rows = [("dense FFN", dense, 0, dense.bytes_read(1))]
+    for projection in ("bh4", "dense"):
+        for tables in num_tables:
+            shape = {"num_tables": tables, "code_bits": code_bits, "block_size": block_size, "reads": reads}
+            config = LookupConfig(hidden_size, hidden_size, projection=projection, **shape)
+            layer = LookupFFN(config, device="meta")
+            name = f"T {tables}, {'BH4' if projection == 'bh4' else projection}"
+            row_bytes = layer.bytes_read(2) - layer.bytes_read(1)
+            rows.append((name, layer, layer.tables.nbytes, row_bytes))
+
+    title = f"FFN {hidden_size}-{intermediate_size}-{hidden_size}, tau {code_bits}, {reads} read(s), float32"
+    table = Table(title=title)
+    for heading in ("config", "multiply-adds", "dense / it", "tables", "read a token"):
+        table.add_column(heading, justify="left" if heading == "config" else "right", no_wrap=True)
+    for name, layer, table_bytes, row_bytes in rows:
+        macs = layer.flops(1) // 2
+        ratio = f"{dense.flops(1) / layer.flops(1):.1f}"
+        size = f"{table_bytes / 2**20:,.1f} MiB" if table_bytes else "-"
+        table.add_row(name, f"{macs:,}", ratio, size, f"{row_bytes / 2**10:,.0f} KiB")
+    Console().print(table)
+
+
+def pretrain(config: str | None, **flags) -> None:
+    """Masked-LM pretraining of one model, dense or lookup; started again, it goes on from its last checkpoint.
+
+    Settings come from flags, then from the YAML file of --config, then from the defaults. With several processes:
+    torchrun --nproc-per-node 2 -m lookupffn pretrain ...
+    """
+    settings = _read_config(config) if config else {}
+    known = {field.name for field in dataclasses.fields(PretrainConfig)}
+    if unknown := set(settings) - known:
+        raise ValueError(
+            f"{config}: unknown setting {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
+        )
+    settings |= {name: value for name, value in flags.items() if value is not None and name != "model"}
+    settings["model"] = settings.get("model", {}) | dict(map(_assignment, flags["model"] or []))
+    checked = PretrainConfig(**settings)
+
+    from lookupffn.training import pretrain as run  # only now: it takes seconds to import
+
+    result = run(checked)
+    table = Table("log perplexity", "standard error", "tokens evaluated", "tokens trained", "parameters", "seconds")
+    m = result.metrics
+    table.add_row(
+        f"{m['log_perplexity']:.4f} nats",
+        f"{m['log_perplexity_standard_error']:.4f}",
+        f"{m['tokens_evaluated']:,}",
+        f"{m['tokens_trained']:,}",
+        f"{m['parameters']:,}",
+        f"{m['training_seconds']:.0f}",
+    )
+    Console().print(table)
+    Console().print(f"model and metrics in {result.output_dir}")
+
+
+def _read_config(name: str) -> dict:
+    path = CONFIGS / f"{name}.yaml" if not Path(name).exists() else Path(name)
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        shipped = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise ValueError(f"config {name!r} is neither a file nor one of the shipped ones ({shipped})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings as 'name: value', not {type(settings).__name__}")
+    return settings
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--model takes NAME=VALUE, not {text!r}")
+    return name, yaml.safe_load(value)
+
+
+def _flags() -> inspect.Signature:
+    """A flag for every field of PretrainConfig, unset by default, so that its definition stands in one place."""
+    shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    flags = {"config": Annotated[str | None, typer.Option(help=f"YAML file, or a shipped recipe: {shipped}")]}
+    hints = get_type_hints(PretrainConfig)
+    for field in dataclasses.fields(PretrainConfig):
+        kind = list[str] if hints[field.name] is dict else hints[field.name]
+        default = "" if field.default in (dataclasses.MISSING, None) else f" [{field.default}]"
+        option = typer.Option(help=field.metadata["help"] + default, show_default=False)
+        flags[field.name] = Annotated[kind | None, option]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature([inspect.Parameter(n, keyword, default=None, annotation=a) for n, a in flags.items()])
+
+
+pretrain.__signature__ = _flags()
+app.command()(pretrain)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[str, typer.Option(help="folder of the report, replaced if it is there")] = "runs/demo",
+    minutes: Annotated[
+        float, typer.Option(help="time to train both models; the number of steps follows from it")
+    ] = 7.8,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps of each model, instead of a time")] = None,
+    seed: Annotated[int, typer.Option(help="of initialisation, data order and masks")] = 0,
+):
+    """Trains a dense and a lookup twin on Python's own standard library and writes a report that compares them."""
+    if not minutes > 0 or (steps is not None and steps < 1):
+        raise ValueError(f"minutes and steps must be positive, not {minutes} and {steps}")
+    from lookupffn.demo import demo as run  # only now: it takes seconds to import
+
+    run(output_dir, minutes=minutes, steps=steps, seed=seed)
+
+
+def main() -> None:
+    try:
+        app()
+    except (ValueError, ModuleNotFoundError) as error:  # refused input: one line that says why
+        Console(stderr=True).print(f"[bold red]lookupffn:[/] {error}", highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The settings of a pretraining run: their names, defaults, meaning and limits, in one place.
+
+The command line makes its flags from this record, a YAML file uses the same names, and ``training.py`` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+def _setting(default, help: str):
+    """A field of PretrainConfig with the text that the command line shows for it."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides a pretraining run; `lookupffn pretrain` has a flag for each, a YAML file the same names.
+
+    Raises:
+        ValueError: a setting is out of range; the message names it, its value and what would be right.
+    """
+
+    output_dir: str = _setting("runs/pretrain", "folder of checkpoints, metrics and the final model")
+    preset: str = _setting("small", "model size, a name in lookupffn.models.PRESETS")
+    ffn: str = _setting("lookup", "feed-forward layer, a name in lookupffn.ffns.FFNS")
+    model: dict = _setting({}, "further fields of LookupRobertaConfig over the preset's, as NAME=VALUE")
+    data: str = _setting("stdlib", "stdlib, a file or folder of .txt .jsonl .parquet, or a Hugging Face dataset")
+    text_column: str = _setting("text", "column of text in .jsonl and .parquet")
+    tokenizer: str | None = _setting(None, "pretrained tokenizer instead of one trained on the data")
+    sequence_length: int = _setting(128, "tokens in a block")
+    validation_fraction: float = _setting(0.02, "share of documents held out, chosen by their hash")
+    steps: int = _setting(1000, "optimizer steps")
+    batch_size: int = _setting(32, "sequences a step, over all processes and micro-batches")
+    accumulation: int = _setting(1, "micro-batches a step")
+    learning_rate: float = _setting(1e-3, "peak; after the warm-up linear to 0")
+    table_learning_rate_multiplier: float = _setting(3.0, "the tables' learning rate over the others'")
+    warmup_steps: int = _setting(100, "steps of linear warm-up")
+    weight_decay: float = _setting(0.01, "of matrices; norms, biases and tables have none")
+    adam_beta1: float = _setting(0.9, "AdamW's decay of the mean")
+    adam_beta2: float = _setting(0.98, "AdamW's decay of the variance")
+    adam_epsilon: float = _setting(1e-6, "AdamW's epsilon")
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    mask_probability: float = _setting(0.15, "share of tokens to predict: 80 % masked, 10 % random, 10 % kept")
+    evaluation_sequences: int = _setting(512, "validation blocks evaluated, the first so many; 0: all")
+    evaluate_every: int = _setting(250, "steps between evaluations")
+    log_every: int = _setting(50, "steps between lines in metrics.jsonl")
+    save_every: int = _setting(500, "steps between checkpoints; 0: none")
+    seed: int = _setting(0, "of initialisation, data order, masks and dropout")
+    bf16: bool = _setting(False, "autocast to bfloat16")
+
+    def __post_init__(self):
+        for name in ("sequence_length", "steps", "batch_size", "accumulation", "evaluate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup_steps", "evaluation_sequences", "save_every", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("learning_rate", "table_learning_rate_multiplier", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
+        if not 0 < self.mask_probability < 1:
+            raise ValueError(f"mask_probability must be between 0 and 1, not {self.mask_probability}")
+        for name in ("evaluate_every", "save_every"):
+            if getattr(self, name) % self.log_every:  # or a resumed run would log other means than an unbroken one
+                raise ValueError(f"{name} {getattr(self, name)} must be a multiple of log_every {self.log_every}")
+
+    def model_config(self, tokenizer):
+        """The ``LookupRobertaConfig`` for the vocabulary of ``tokenizer``."""
+        from lookupffn.models import LookupRobertaConfig
+
+        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        fixed = {"ffn": self.ffn, "vocab_size": len(tokenizer), "sparse_prediction": True, **ids}
+        return LookupRobertaConfig.preset(self.preset, **self.model | fixed)
+
+    def prepare_data(self):
+        """The token blocks of ``data`` (``data.PretrainingData``), from the cache where they are there already."""
+        from lookupffn.data import prepare
+        from lookupffn.models import LookupRobertaConfig
+
+        vocab_size = self.model.get("vocab_size", LookupRobertaConfig.preset(self.preset).vocab_size)
+        return prepare(
+            self.data,
+            block_size=self.sequence_length,
+            vocab_size=vocab_size,
+            tokenizer=self.tokenizer,
+            text_column=self.text_column,
+            validation_fraction=self.validation_fraction,
+        )

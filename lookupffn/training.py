@@ -1,0 +1,318 @@
+"""Masked-LM pretraining on transformers' Trainer: one process, torchrun on several, CPU or CUDA, by the same call.
+
+Differs from a plain Trainer run in four things: data order and masks are a function of (seed, index), so they do not
+depend on batch size, ranks or restarts; tables have their own learning rate; evaluation is one fixed set with fixed
+masks, its result a mean over masked tokens; and a checkpoint counts only when it is whole (``checkpoint.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+
+from lookupffn import checkpoint
+from lookupffn.data import PretrainingData
+from lookupffn.diagnostics import HashMonitor
+from lookupffn.layer import LookupFFN
+from lookupffn.masking import MaskedBlocks
+from lookupffn.models import LookupRobertaForMaskedLM
+from lookupffn.recipe import PretrainConfig
+
+
+def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict]:
+    """Three groups for the optimizer: matrices (decayed), norms and biases (not), tables (not, own learning rate)."""
+    tables = {id(m.tables) for m in model.modules() if isinstance(m, LookupFFN)}
+    matrices, vectors, lookups = [], [], []
+    for parameter in model.parameters():
+        group = lookups if id(parameter) in tables else matrices if parameter.dim() >= 2 else vectors
+        group.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr": config.learning_rate},
+        {"params": vectors, "weight_decay": 0.0, "lr": config.learning_rate},
+        {
+            "params": lookups,
+            "weight_decay": 0.0,
+            "lr": config.learning_rate * config.table_learning_rate_multiplier,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: MaskedBlocks, batch_size: int = 32, rank: int = 0, ranks: int = 1) -> Tensor:
+    """Sums over the masked tokens of every ``ranks``-th block of ``dataset``: float64 ``(3,)`` on the model's device.
+
+    Number of tokens, sum of their negative log-likelihoods in nats, and sum of its squares; :func:`log_perplexity`
+    turns the total of all ranks into a result, which does not depend on ``batch_size`` or ``ranks`` but for rounding.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    indices = range(rank, len(dataset), ranks)
+    for start in range(0, len(indices), batch_size):
+        items = [dataset[i] for i in indices[start : start + batch_size]]
+        batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
+        logits = model(**batch).logits.float()
+        labels = batch["labels"]
+        if logits.dim() == 3:
+            logits = logits[labels != -100]
+        losses = F.cross_entropy(logits, labels[labels != -100], reduction="none").double()
+        sums += torch.stack([torch.tensor(len(losses), device=device), losses.sum(), losses.square().sum()])
+    model.train(was_training)
+    return sums
+
+
+def log_perplexity(sums: Tensor) -> dict[str, float | int]:
+    """Mean negative log-likelihood of masked tokens in nats, its standard error over tokens, and their number."""
+    tokens, total, squares = sums.tolist()
+    mean = total / tokens
+    variance = max(squares / tokens - mean**2, 0.0)
+    return {
+        "log_perplexity": mean,
+        "log_perplexity_standard_error": (variance / tokens) ** 0.5,
+        "tokens_evaluated": int(tokens),
+    }
+
+
+class _PretrainingTrainer(Trainer):
+    def __init__(self, *, config: PretrainConfig, **kwargs):
+        self.config = config
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        c = self.config
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model if model is None else model, c),
+            betas=(c.adam_beta1, c.adam_beta2),
+            eps=c.adam_epsilon,
+            fused=True,
+        )
+        return self.optimizer
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.accelerator.autocast():
+            sums = evaluate(
+                self.accelerator.unwrap_model(self.model),
+                self.eval_dataset,
+                self.config.batch_size,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+            )
+        metrics = {f"eval_{k}": v for k, v in log_perplexity(self.accelerator.reduce(sums, "sum")).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Checkpoints(TrainerCallback):
+    """Makes the Trainer's checkpoints count only when whole, and removes old ones only after that."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every rank has written its random state
+        if state.is_world_process_zero:
+            output_dir = Path(args.output_dir)
+            checkpoint.mark_complete(output_dir / f"checkpoint-{state.global_step}")
+            checkpoint.keep_latest(output_dir, keep=2)
+
+
+class _Metrics(TrainerCallback):
+    """Appends every log of the Trainer, with the tokens so far and the state of the hash, to ``metrics.jsonl``."""
+
+    def __init__(self, config: PretrainConfig, monitor: HashMonitor):
+        self.config, self.monitor = config, monitor
+        self.path = Path(config.output_dir) / "metrics.jsonl"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:  # lines after the checkpoint that this run starts from are written again
+            old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
+            checkpoint.atomic_write(self.path, "".join(line + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        tokens = state.global_step * self.config.batch_size * self.config.sequence_length
+        line = {"step": state.global_step, "tokens": tokens, **logs}
+        if "loss" in logs:
+            line["cells"] = self.monitor.summary()
+            self.monitor.reset()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class _Progress(TrainerCallback):
+    """One progress bar: steps, and the latest training and validation log perplexity."""
+
+    def __init__(self, title: str):
+        self.title, self.shown = title, {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.title,
+            unit="step",
+            disable=not state.is_world_process_zero,
+            dynamic_ncols=True,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name, key in (("train", "loss"), ("validation", "eval_log_perplexity")):
+            if key in logs:
+                self.shown[name] = f"{logs[key]:.3f}"
+        if hasattr(self, "bar"):
+            self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainResult:
+    """A finished run: the model, what was measured, and the data it saw."""
+
+    model: LookupRobertaForMaskedLM
+    data: PretrainingData
+    validation: MaskedBlocks
+    metrics: dict  # written to results.json
+    output_dir: Path
+    curve: list[dict]  # {"step", "tokens", "log_perplexity"} of every evaluation
+
+
+def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> PretrainResult:
+    """Trains one model by ``config``, from its latest complete checkpoint where there is one.
+
+    Writes to ``output_dir``: ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoint-N/``, and at the end
+    ``model/`` (``save_pretrained``, with the tokenizer) and ``results.json``.
+
+    Raises:
+        ValueError: a setting is out of range, or ``output_dir`` holds a run with other settings.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch_size % (ranks * config.accumulation):
+        raise ValueError(
+            f"batch_size {config.batch_size} must be a multiple of processes x accumulation = "
+            f"{ranks} x {config.accumulation}"
+        )
+    output_dir = Path(config.output_dir)
+    _claim(output_dir, config)
+    data = data or config.prepare_data()
+    masks = {"tokenizer": data.tokenizer, "mask_probability": config.mask_probability}
+    train = MaskedBlocks(data.train, seed=config.seed, length=config.steps * config.batch_size, shuffle=True, **masks)
+    # Seed 0 whatever config.seed is: the evaluation is the same for all runs on the same data.
+    evaluated = min(config.evaluation_sequences or len(data.validation), len(data.validation))
+    validation = MaskedBlocks(data.validation, seed=0, length=evaluated, **masks)
+
+    set_seed(config.seed)
+    model = LookupRobertaForMaskedLM(config.model_config(data.tokenizer))
+    trainer = _PretrainingTrainer(
+        config=config,
+        model=model,
+        args=_training_arguments(config, ranks),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=data.tokenizer,
+    )
+    with HashMonitor(model) as monitor:
+        trainer.remove_callback(PrinterCallback)  # the progress bar shows it, metrics.jsonl keeps it
+        tensorboard = TensorBoardCallback()
+        tensorboard.logging_dir = str(output_dir / "tensorboard")
+        for callback in (_Checkpoints(), _Metrics(config, monitor), _Progress(config.ffn), tensorboard):
+            trainer.add_callback(callback)
+        start = time.perf_counter()
+        latest = checkpoint.latest_complete(output_dir)
+        trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        seconds = time.perf_counter() - start
+    metrics = {
+        **{name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()},
+        "steps": config.steps,
+        "tokens_trained": config.steps * config.batch_size * config.sequence_length,
+        "training_seconds": seconds,
+        "resumed_from": latest.name if latest else None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if trainer.is_world_process_zero():
+        _save_final(output_dir, model, data.tokenizer, metrics)
+    return PretrainResult(model, data, validation, metrics, output_dir, _curve(output_dir))
+
+
+def _training_arguments(config: PretrainConfig, ranks: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size // (ranks * config.accumulation),
+        gradient_accumulation_steps=config.accumulation,
+        train_sampling_strategy="sequential",  # MaskedBlocks shuffles
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        eval_strategy="steps",
+        eval_steps=config.evaluate_every,
+        logging_steps=config.log_every,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 1,
+        seed=config.seed,
+        bf16=config.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if ranks > 1 and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def _claim(output_dir: Path, config: PretrainConfig) -> None:
+    """Writes the settings to ``output_dir``, or refuses a folder in which a run with other settings lies."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path, fields = output_dir / "config.json", dataclasses.asdict(config)
+    fields.pop("output_dir")
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{k}: {old.get(k)!r} there, {v!r} asked" for k, v in fields.items() if old.get(k) != v]
+        if changed:
+            raise ValueError(
+                f"{output_dir} holds a run with other settings ({'; '.join(changed)}): choose another folder"
+            )
+    else:
+        checkpoint.atomic_write(path, json.dumps(fields, indent=1) + "\n")
+
+
+def _save_final(output_dir: Path, model: LookupRobertaForMaskedLM, tokenizer, metrics: dict) -> None:
+    folder, temporary = output_dir / "model", output_dir / ".model"
+    for old in (temporary, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    model.config.sparse_prediction = False  # whoever loads it expects logits of every token
+    model.save_pretrained(temporary)
+    model.config.sparse_prediction = True
+    tokenizer.save_pretrained(temporary)
+    checkpoint.mark_complete(temporary)
+    temporary.rename(folder)
+    checkpoint.atomic_write(output_dir / "results.json", json.dumps(metrics, indent=1) + "\n")
+
+
+def _curve(output_dir: Path) -> list[dict]:
+    """Every evaluation logged in ``metrics.jsonl``, once a step."""
+    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    points = {
+        line["step"]: {k: line[k] for k in ("step", "tokens")} | {"log_perplexity": line["eval_log_perplexity"]}
+        for line in lines
+        if "eval_log_perplexity" in line
+    }
+    return list(points.values())

@@ -1,0 +1,259 @@
+"""Pretraining: killed and resumed, on one process and on two, each the same as the uninterrupted single one."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lookupffn import LookupFFN
+from lookupffn.masking import MaskedBlocks
+from lookupffn.models import LookupRobertaForMaskedLM
+from lookupffn.recipe import PretrainConfig
+from lookupffn.training import evaluate, log_perplexity, parameter_groups, pretrain
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning",  # transformers' own
+    "ignore:.*tensorboard.*:DeprecationWarning",
+    "ignore:.*pin_memory.*:UserWarning",
+)
+
+SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_tables=6, code_bits=4, vocab_size=300)
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "it",
+    "saw",
+    "another",
+    "cat",
+    "that",
+    "ran",
+    "away",
+    "from",
+    "its",
+    "own",
+    "shadow",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A few hundred short documents; the token cache lies beside them, for subprocesses too."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    documents = (" ".join(rng.choices(WORDS, k=rng.randint(20, 60))) for _ in range(300))
+    (folder / "text.txt").write_text("\n\n".join(documents))
+    os.environ["LOOKUPFFN_CACHE"] = str(folder / "cache")
+    yield folder / "text.txt"
+    del os.environ["LOOKUPFFN_CACHE"]
+
+
+def config_for(corpus, output_dir, **changes):
+    settings = dict(
+        output_dir=str(output_dir),
+        preset="demo",
+        model=dict(SIZES),
+        data=str(corpus),
+        validation_fraction=0.1,
+        sequence_length=16,
+        steps=12,
+        batch_size=8,
+        warmup_steps=2,
+        evaluation_sequences=20,
+        evaluate_every=4,
+        log_every=2,
+        save_every=4,
+    )
+    return PretrainConfig(**settings | changes)
+
+
+def command(config, *launcher):
+    flags = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "model":
+            flags += [f"--model={k}={v}" for k, v in value.items()]
+        elif field.name != "bf16" and value is not None:
+            flags.append(f"--{field.name.replace('_', '-')}={value}")
+    return [sys.executable, *launcher, "-m", "lookupffn", "pretrain", *flags]
+
+
+def losses(output_dir):
+    lines = map(json.loads, (Path(output_dir) / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    """One whole run, with dropout, so that the random state matters."""
+    output_dir = tmp_path_factory.mktemp("uninterrupted")
+    config = config_for(corpus, output_dir, model=SIZES | dict(hidden_dropout_prob=0.1))
+    return config, pretrain(config)
+
+
+def test_a_run_leaves_a_model_metrics_and_whole_checkpoints(uninterrupted):
+    config, result = uninterrupted
+    folder = Path(config.output_dir)
+    assert {
+        "checkpoint-8",
+        "checkpoint-12",
+        "config.json",
+        "metrics.jsonl",
+        "model",
+        "results.json",
+        "tensorboard",
+    } == {p.name for p in folder.iterdir()}
+    saved = json.loads((folder / "results.json").read_text())
+    assert saved == result.metrics
+    assert saved["tokens_trained"] == 12 * 8 * 16
+    assert saved["tokens_evaluated"] == 20 * round(0.15 * 16)
+    assert [p["step"] for p in result.curve] == [4, 8, 12]
+    assert result.curve[-1]["log_perplexity"] == pytest.approx(saved["log_perplexity"], rel=1e-12)
+    reloaded = LookupRobertaForMaskedLM.from_pretrained(folder / "model")
+    assert not reloaded.config.sparse_prediction
+    again = log_perplexity(evaluate(reloaded, result.validation))
+    assert again["log_perplexity"] == pytest.approx(saved["log_perplexity"], rel=1e-6)
+    cells = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "cells" in line]
+    assert len(cells[0]["cells"]) == 2
+    assert cells[0]["cells"][0]["bits"] == 24
+
+
+def test_killed_and_started_again_it_ends_bit_for_bit_the_same(uninterrupted, corpus, tmp_path):
+    config, result = uninterrupted
+    config = dataclasses.replace(config, output_dir=str(tmp_path))
+    process = subprocess.Popen(command(config), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "checkpoint-4" / "COMPLETE.json").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert not (tmp_path / "results.json").exists()
+    resumed = pretrain(config)
+    assert resumed.metrics["resumed_from"] in ("checkpoint-4", "checkpoint-8")
+    ours, theirs = (load_file(Path(c) / "model" / "model.safetensors") for c in (tmp_path, result.output_dir))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert losses(tmp_path) == losses(result.output_dir)
+    assert resumed.metrics["log_perplexity"] == result.metrics["log_perplexity"]
+
+
+def test_two_processes_have_the_losses_of_one(corpus, tmp_path):
+    alone = pretrain(config_for(corpus, tmp_path / "one"))
+    config = config_for(corpus, tmp_path / "two")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(config, *torchrun, "--rdzv-endpoint=localhost:0"),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for (step, a), (other_step, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert step == other_step
+        assert a == pytest.approx(b, abs=1e-5)
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["tokens_evaluated"] == alone.metrics["tokens_evaluated"]
+    assert results["log_perplexity"] == pytest.approx(alone.metrics["log_perplexity"], abs=1e-5)
+
+
+def test_accumulation_changes_nothing_but_memory(corpus, tmp_path):
+    runs = [pretrain(config_for(corpus, tmp_path / str(n), accumulation=n, save_every=0)) for n in (1, 4)]
+    for (_, a), (_, b) in zip(*(losses(run.output_dir) for run in runs), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_a_folder_with_other_settings_is_refused(uninterrupted):
+    config, _ = uninterrupted
+    with pytest.raises(ValueError, match=r"other settings \(steps: 12 there, 13 asked\): choose another folder"):
+        pretrain(dataclasses.replace(config, steps=13))
+
+
+def test_a_batch_that_does_not_divide_is_refused(corpus, tmp_path):
+    with pytest.raises(ValueError, match="batch_size 8 must be a multiple of processes x accumulation = 1 x 3"):
+        pretrain(config_for(corpus, tmp_path, accumulation=3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be more than 0, not 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be more than 0, not nan"),
+        ({"mask_probability": 1.0}, "mask_probability must be between 0 and 1, not 1.0"),
+        ({"save_every": 30}, "save_every 30 must be a multiple of log_every 50"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+    ],
+)
+def test_settings_out_of_range_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(**change)
+
+
+def test_parameter_groups():
+    config = PretrainConfig(learning_rate=0.1, table_learning_rate_multiplier=3.0, weight_decay=0.01)
+    model = LookupRobertaForMaskedLM(config_for("stdlib", "x").model_config(_Tokenizer()))
+    matrices, vectors, tables = parameter_groups(model, config)
+    assert [(g["lr"], g["weight_decay"]) for g in (matrices, vectors, tables)] == [
+        (0.1, 0.01),
+        (0.1, 0.0),
+        (pytest.approx(0.3), 0.0),
+    ]
+    assert [id(p) for p in tables["params"]] == [id(m.tables) for m in model.modules() if isinstance(m, LookupFFN)]
+    assert all(p.dim() == 1 for p in vectors["params"])
+    grouped = [p for g in (matrices, vectors, tables) for p in g["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
+
+
+class _Tokenizer:
+    """What a model config and MaskedBlocks ask of a tokenizer."""
+
+    mask_token_id, pad_token_id, bos_token_id, eos_token_id = 4, 1, 0, 2
+    all_special_ids = (0, 1, 2, 3, 4)
+
+    def __len__(self):
+        return 300
+
+    def get_vocab(self):
+        return {str(i): i for i in range(300)}
+
+
+def test_log_perplexity_is_the_mean_over_masked_tokens_whatever_the_batch_and_the_ranks():
+    model = LookupRobertaForMaskedLM(config_for("stdlib", "x").model_config(_Tokenizer()))
+    blocks = np.random.default_rng(0).integers(5, 300, (13, 16), dtype=np.uint16)
+    dataset = MaskedBlocks(blocks, _Tokenizer(), seed=0)
+    items = [dataset[i] for i in range(13)]
+    model.config.sparse_prediction = False
+    logits = model(torch.stack([i["input_ids"] for i in items])).logits
+    labels = torch.stack([i["labels"] for i in items])
+    nll = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="none").double()
+    expected = {
+        "log_perplexity": nll.mean().item(),
+        "log_perplexity_standard_error": (nll.std(correction=0) / len(nll) ** 0.5).item(),
+        "tokens_evaluated": 13 * 2,
+    }
+    for sparse in (False, True):
+        model.config.sparse_prediction = sparse
+        for batch_size in (1, 5, 64):
+            assert log_perplexity(evaluate(model, dataset, batch_size)) == pytest.approx(expected, rel=1e-5)
+    parts = sum(evaluate(model, dataset, 4, rank, 3) for rank in range(3))
+    assert log_perplexity(parts) == pytest.approx(expected, rel=1e-5)
