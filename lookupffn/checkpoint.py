@@ -15,7 +15,8 @@ MARKER = "COMPLETE.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Waits until the file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +37,7 @@ def atomic_write(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _umask() -> int:
@@ -49,7 +50,7 @@ def mark_complete(folder: Path) -> None:
     """Flushes every file of a checkpoint to disk, then writes the marker that makes it count."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
     for path in (*files, folder):
-        _fsync(path)
+        fsync(path)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     atomic_write(folder / MARKER, json.dumps({"format_version": 1, "files": sizes}, indent=1) + "\n")
 

@@ -25,6 +25,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from lookupffn.checkpoint import fsync
+
 EMBEDDED = "stdlib"
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4
 SPLITS = ("train", "validation")
@@ -344,18 +346,12 @@ def _build(folder: Path, read: Callable, pretrained: Any, vocab_size: int, block
         meta["files"] = {str(path.relative_to(draft)): path.stat().st_size for path in files}
         (draft / "meta.json").write_text(json.dumps(meta, indent=2))
         for path in [*draft.rglob("*"), draft]:
-            _fsync(path)
+            fsync(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(draft, folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _train_tokenizer(read: Callable, vocab_size: int, block_size: int) -> Any:
@@ -471,6 +467,3 @@ def _load(folder: Path) -> PretrainingData:
     shape = (-1, meta["summary"]["block_size"])
     blocks = [np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r").reshape(shape) for split in SPLITS]
     return PretrainingData(_load_tokenizer(folder / "tokenizer"), *blocks, meta["summary"])
-
-
-# ---- Masking

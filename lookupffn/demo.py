@@ -31,11 +31,13 @@ SECONDS_A_TIMING = 3.0
 
 # Small vocabulary and short blocks: a masked LM must leave the plateau of unigram guessing within a few minutes.
 RECIPE = PretrainConfig(
-    preset="demo",
+    preset="small",
     data="stdlib",
     sequence_length=64,
     batch_size=32,
     learning_rate=3e-3,
+    validation_fraction=0.05,
+    mask_probability=0.3,
     evaluation_sequences=512,
     save_every=0,
 )

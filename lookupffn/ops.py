@@ -145,15 +145,16 @@ def bh4(x: Tensor, weight: Tensor, decay: float, out_features: int) -> Tensor:
 # ---- Hash ----------------------------------------------------------------------------------------------------------
 
 
+def _bit_value(z: Tensor) -> Tensor:
+    """What each bit adds to a code, ``2**(tau - 1 - j)``: int32 ``(tau,)``."""
+    return 1 << torch.arange(z.shape[-1] - 1, -1, -1, dtype=torch.int32, device=z.device)
+
+
 @torch.library.custom_op("lookupffn::hash_codes", mutates_args=())
 def _hash_codes(z: Tensor, reads: int) -> tuple[Tensor, Tensor]:
-    m = z.abs()
-    bit_value = 1 << torch.arange(z.shape[-1] - 1, -1, -1, dtype=torch.int32, device=z.device)  # first bit is highest
+    m, bit_value = z.abs(), _bit_value(z)
     code = ((z > 0) * bit_value).sum(-1, dtype=torch.int32)
-    total, probability = (
-        m.sum(-1),
-        torch.sigmoid(2 * m).prod(-1),
-    )  # of the sign pattern; flips only lower them
+    total, probability = m.sum(-1), torch.sigmoid(2 * m).prod(-1)  # of the sign pattern; flips only lower them
 
     # Flipping the set F of bits lowers <z, S> by 2 sum_F m. With m_1 <= m_2 <= m_3 the smallest magnitudes, the
     # cheapest sets are {}, {1}, {2} and then {3} or {1, 2}. Ties go to the bit that comes first.
@@ -182,18 +183,22 @@ def _(z, reads):
 
 @torch.library.custom_op("lookupffn::hash_codes_backward", mutates_args=())
 def _hash_codes_backward(grad: Tensor, z: Tensor, codes: Tensor) -> Tensor:
-    # For any pattern S, with u = S * z: score = (sum u) prod sigmoid(2 u),
-    # d score / du_j = prod + 2 score sigmoid(-2 u_j).
-    bit_value = 1 << torch.arange(z.shape[-1] - 1, -1, -1, dtype=torch.int32, device=z.device)
-    grad_z = torch.zeros_like(z)
-    for n in range(codes.shape[-1]):
-        flipped = (codes[..., n, None] ^ codes[..., :1]) & bit_value != 0  # (B, T, tau), against the sign pattern
-        sign = torch.where(flipped, -z.sign(), z.sign())
-        u = sign * z
-        probability = torch.sigmoid(2 * u).prod(-1, keepdim=True)
-        score = u.sum(-1, keepdim=True) * probability
-        grad_z += grad[..., n, None] * sign * (probability + 2 * score * torch.sigmoid(-2 * u))
-    return grad_z
+    # A pattern that flips the set F has inner = sum m - 2 sum_F m and probability p; with score = inner p,
+    # d score / dm_j = p + 2 score q_j with q_j = sigmoid(-2 m_j), less 2 p + 2 score where j is in F.
+    m = z.abs()
+    q = torch.sigmoid(-2 * m)
+    total, probability = m.sum(-1), (1 - q).prod(-1)
+    p = grad[..., 0] * probability  # here and below p and score carry the gradient that comes in
+    score = p * total
+    constant, slope, correction = p, 2 * score, 0
+    for n in range(1, codes.shape[-1]):
+        flipped = ((codes[..., n, None] ^ codes[..., :1]) & _bit_value(z) != 0).to(z.dtype)  # (B, T, tau)
+        cost = (flipped * m).sum(-1)
+        p = grad[..., n] * probability * torch.exp(-2 * cost)
+        score = p * (total - 2 * cost)
+        constant, slope = constant + p, slope + 2 * score
+        correction = correction + flipped * (2 * (p + score))[..., None]
+    return (q * slope[..., None] + constant[..., None] - correction) * z.sign()
 
 
 @_hash_codes_backward.register_fake

@@ -24,8 +24,9 @@ from transformers.integrations import TensorBoardCallback
 from lookupffn import checkpoint
 from lookupffn.data import PretrainingData
 from lookupffn.diagnostics import HashMonitor
+from lookupffn.hardware import machine
 from lookupffn.layer import LookupFFN
-from lookupffn.masking import MaskedBlocks
+from lookupffn.masking import MaskedBlocks, unigram_entropy
 from lookupffn.models import LookupRobertaForMaskedLM
 from lookupffn.recipe import PretrainConfig
 
@@ -110,7 +111,7 @@ class _PretrainingTrainer(Trainer):
                 self.accelerator.num_processes,
             )
         metrics = {f"eval_{k}": v for k, v in log_perplexity(self.accelerator.reduce(sums, "sum")).items()}
-        self.log(metrics)
+        self.log(dict(metrics))  # a copy: the Trainer adds to it
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -128,23 +129,29 @@ class _Checkpoints(TrainerCallback):
 
 
 class _Metrics(TrainerCallback):
-    """Appends every log of the Trainer, with the tokens so far and the state of the hash, to ``metrics.jsonl``."""
+    """Appends every log of the Trainer to ``metrics.jsonl``, with tokens and seconds so far and the use of cells."""
 
     def __init__(self, config: PretrainConfig, monitor: HashMonitor):
         self.config, self.monitor = config, monitor
         self.path = Path(config.output_dir) / "metrics.jsonl"
+        self.start = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:  # lines after the checkpoint that this run starts from are written again
             old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
             checkpoint.atomic_write(self.path, "".join(line + "\n" for line in kept))
+            self.start = time.perf_counter() - (json.loads(kept[-1]).get("seconds", 0.0) if kept else 0.0)
+
+    def seconds(self) -> float:
+        """Seconds that this run has trained for, those before its checkpoint included."""
+        return time.perf_counter() - self.start
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
         tokens = state.global_step * self.config.batch_size * self.config.sequence_length
-        line = {"step": state.global_step, "tokens": tokens, **logs}
+        line = {"step": state.global_step, "tokens": tokens, "seconds": self.seconds(), **logs}
         if "loss" in logs:
             line["cells"] = self.monitor.summary()
             self.monitor.reset()
@@ -232,18 +239,25 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         trainer.remove_callback(PrinterCallback)  # the progress bar shows it, metrics.jsonl keeps it
         tensorboard = TensorBoardCallback()
         tensorboard.logging_dir = str(output_dir / "tensorboard")
-        for callback in (_Checkpoints(), _Metrics(config, monitor), _Progress(config.ffn), tensorboard):
+        written = _Metrics(config, monitor)
+        for callback in (_Checkpoints(), written, _Progress(config.ffn), tensorboard):
             trainer.add_callback(callback)
-        start = time.perf_counter()
         latest = checkpoint.latest_complete(output_dir)
         trainer.train(resume_from_checkpoint=str(latest) if latest else None)
-        seconds = time.perf_counter() - start
+        seconds = written.seconds()
     metrics = {
         **{name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()},
         "steps": config.steps,
         "tokens_trained": config.steps * config.batch_size * config.sequence_length,
         "training_seconds": seconds,
         "resumed_from": latest.name if latest else None,
+        "ffn": config.ffn,
+        "seed": config.seed,
+        "unigram_entropy": unigram_entropy(validation),
+        "ffn_macs_per_token": model.encoder.layers[0].ffn.flops(1) // 2,
+        "model_macs_per_token": model.encoder.flops(1, config.sequence_length) // 2,
+        "dtype": "bfloat16" if config.bf16 else "float32",
+        "machine": machine() | {"device": str(model.device), "processes": ranks},
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if trainer.is_world_process_zero():

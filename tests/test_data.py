@@ -406,7 +406,7 @@ def test_killed_preparation_leaves_nothing_in_use(tmp_path, cache, prepared):
     code = (
         "import os, sys, time; from lookupffn import data\n"
         "def hang(path): print('here', flush=True); time.sleep(100)\n"
-        "data._fsync = hang  # all files are written, nothing is renamed\n"
+        "data.fsync = hang  # all files are written, nothing is renamed\n"
         f"data.prepare({str(source)!r}, **{SMALL!r})"
     )
     victim = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

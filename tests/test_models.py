@@ -23,7 +23,7 @@ def tiny(**changes):
         "num_attention_heads": 3,
         "num_tables": 9,
     }
-    return LookupRobertaConfig.preset("demo", **sizes | changes)
+    return LookupRobertaConfig.preset("small", **sizes | changes)
 
 
 def ids(batch=3, length=11, vocab=97):
@@ -139,7 +139,7 @@ def test_flops_and_bytes_of_the_encoder(ffn):
 
 
 def test_initial_weights_follow_the_documented_law():
-    model = LookupRobertaForMaskedLM(LookupRobertaConfig.preset("demo", initializer_range=0.05))
+    model = LookupRobertaForMaskedLM(LookupRobertaConfig.preset("small", initializer_range=0.05))
     ffn = model.encoder.layers[1].ffn
     assert model.encoder.layers[0].attention.output.weight.std().item() == pytest.approx(0.05, rel=0.05)
     assert ffn.tables.std().item() == pytest.approx(0.02, rel=0.02)
@@ -156,7 +156,7 @@ def test_initial_weights_follow_the_documented_law():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_build_and_save_what_their_comment_says(preset):
-    ratios = {"demo": 3.2, "small": 3.2, "small-512": 6.4, "base": 6.5}
+    ratios = {"small": 3.2, "small-512": 6.4, "base": 6.5}
     flops = {}
     for ffn in FFNS:
         with torch.device("meta"):
@@ -165,7 +165,7 @@ def test_presets_build_and_save_what_their_comment_says(preset):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="preset must be one of demo, small, small-512, base, not 'tiny'"):
+    with pytest.raises(ValueError, match="preset must be one of small, small-512, base, not 'tiny'"):
         LookupRobertaConfig.preset("tiny")
     with pytest.raises(ValueError, match="ffn must be one of dense, lookup, not 'slide'"):
         LookupRobertaModel(tiny(ffn="slide"))

@@ -5,8 +5,9 @@ A number that is None, NaN or infinite is "not measured" on the page, and null i
 
 import json
 import math
-import os
 from pathlib import Path
+
+from lookupffn.checkpoint import atomic_write
 
 from . import words
 
@@ -41,13 +42,8 @@ def _finite(value):
 
 
 def _write(path, text):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Text read from files may hold lone surrogates, which UTF-8 cannot.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Text read from files may hold lone surrogates, which UTF-8 cannot.
+    atomic_write(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
     return path
 
 
