@@ -72,6 +72,7 @@ def pretrain(config: str | None, **flags) -> None:
 
     from lookupffn.training import pretrain as run  # only now: it takes seconds to import
 
+    _quiet()
     result = run(checked)
     table = Table("log perplexity", "standard error", "tokens evaluated", "tokens trained", "parameters", "seconds")
     m = result.metrics
@@ -85,6 +86,13 @@ def pretrain(config: str | None, **flags) -> None:
     )
     Console().print(table)
     Console().print(f"model and metrics in {result.output_dir}")
+
+
+def _quiet() -> None:
+    """Leaves the terminal to our own progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _read_config(name: str) -> dict:
@@ -140,6 +148,7 @@ def demo(
         raise ValueError(f"minutes and steps must be positive, not {minutes} and {steps}")
     from lookupffn.demo import demo as run  # only now: it takes seconds to import
 
+    _quiet()
     run(output_dir, minutes=minutes, steps=steps, seed=seed)
 
 
