@@ -13,7 +13,8 @@ find_python() {
             return
         fi
     done
-    fail "needs Python 3.11 or newer; found $(${PYTHON:-python3} --version 2>&1 || echo none). Set PYTHON=/path/to/python3.11"
+    found=$("${PYTHON:-python3}" --version 2>/dev/null | head -n 1) || true
+    fail "needs Python 3.11 or newer; ${PYTHON:-python3} is ${found:-not there}. Set PYTHON=/path/to/python3.11"
 }
 
 # pip_install WHAT... : quiet, and one line where it fails.
