@@ -26,6 +26,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from lookupffn.checkpoint import fsync
+from lookupffn.recipe import InputError
 
 EMBEDDED = "stdlib"
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 0 to 4
@@ -43,7 +44,7 @@ _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "te
 logger = logging.getLogger(__name__)
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Input that is refused; the message names the path, column or value and what to do."""
 
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 import dataclasses
 
 
+class InputError(ValueError):
+    """Input of the user's that is refused; the message names it, its value and what to do."""
+
+
 def _setting(default, help: str):
     """A field of PretrainConfig with the text that the command line shows for it."""
     if isinstance(default, dict):
@@ -20,7 +24,7 @@ class PretrainConfig:
     """Everything that decides a pretraining run; `lookupffn pretrain` has a flag for each, a YAML file the same names.
 
     Raises:
-        ValueError: a setting is out of range; the message names it, its value and what would be right.
+        InputError: a setting has the wrong type or is out of range; the message names it and what would be right.
     """
 
     output_dir: str = _setting("runs/pretrain", "folder of checkpoints, metrics and the final model")
@@ -44,7 +48,7 @@ class PretrainConfig:
     adam_epsilon: float = _setting(1e-6, "AdamW's epsilon")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
     mask_probability: float = _setting(0.15, "share of tokens to predict: 80 % masked, 10 % random, 10 % kept")
-    evaluation_sequences: int = _setting(512, "validation blocks evaluated, the first so many; 0: all")
+    evaluation_sequences: int = _setting(512, "validation blocks evaluated, evenly spaced; 0: all")
     evaluate_every: int = _setting(250, "steps between evaluations")
     log_every: int = _setting(50, "steps between lines in metrics.jsonl")
     save_every: int = _setting(500, "steps between checkpoints; 0: none")
@@ -52,28 +56,36 @@ class PretrainConfig:
     bf16: bool = _setting(False, "autocast to bfloat16")
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, field.type, getattr(self, field.name)))
         for name in ("sequence_length", "steps", "batch_size", "accumulation", "evaluate_every", "log_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup_steps", "evaluation_sequences", "save_every", "weight_decay", "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("learning_rate", "table_learning_rate_multiplier", "max_grad_norm"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
-        if not 0 < self.mask_probability < 1:
-            raise ValueError(f"mask_probability must be between 0 and 1, not {self.mask_probability}")
+                raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
+        for name in ("mask_probability", "validation_fraction", "adam_beta1", "adam_beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
         for name in ("evaluate_every", "save_every"):
             if getattr(self, name) % self.log_every:  # or a resumed run would log other means than an unbroken one
-                raise ValueError(f"{name} {getattr(self, name)} must be a multiple of log_every {self.log_every}")
+                raise InputError(f"{name} {getattr(self, name)} must be a multiple of log_every {self.log_every}")
 
     def model_config(self, tokenizer):
-        """The ``LookupRobertaConfig`` for the vocabulary of ``tokenizer``."""
+        """The ``LookupRobertaConfig`` for the vocabulary of ``tokenizer``; InputError for fields that it has not."""
         from lookupffn.models import LookupRobertaConfig
 
         ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        fixed = {"ffn": self.ffn, "vocab_size": len(tokenizer), "sparse_prediction": True, **ids}
-        return LookupRobertaConfig.preset(self.preset, **self.model | fixed)
+        fixed = {"ffn": self.ffn, "sparse_prediction": True, **ids}
+        if taken := sorted(fixed.keys() & self.model.keys()):
+            raise InputError(f"model cannot set {', '.join(taken)}: the recipe's ffn and the tokenizer decide it")
+        try:
+            return LookupRobertaConfig.preset(self.preset, **self.model | fixed | {"vocab_size": len(tokenizer)})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model: {error}") from error
 
     def prepare_data(self):
         """The token blocks of ``data`` (``data.PretrainingData``), from the cache where they are there already."""
@@ -89,3 +101,18 @@ class PretrainConfig:
             text_column=self.text_column,
             validation_fraction=self.validation_fraction,
         )
+
+
+def _checked(name: str, kind: str, value):
+    """``value`` as a field of the annotated type takes it; YAML reads 1e-3 as text, and an empty entry as None."""
+    if kind == "dict":
+        value = {} if value is None else value
+    elif kind == "float" and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    types = {"int": int, "bool": bool, "dict": dict, "str": str, "str | None": (str, type(None))}
+    if kind not in types or not isinstance(value, types[kind]) or (kind == "int" and isinstance(value, bool)):
+        raise InputError(f"{name} must be of type {kind}, not {value!r}")
+    return value

@@ -8,6 +8,7 @@ masks, its result a mean over masked tokens; and a checkpoint counts only when i
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from lookupffn.hardware import machine
 from lookupffn.layer import LookupFFN
 from lookupffn.masking import MaskedBlocks, unigram_entropy
 from lookupffn.models import LookupRobertaForMaskedLM
-from lookupffn.recipe import PretrainConfig
+from lookupffn.recipe import InputError, PretrainConfig
 
 
 def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict]:
@@ -86,6 +87,19 @@ def log_perplexity(sums: Tensor) -> dict[str, float | int]:
     }
 
 
+def build_model(config: PretrainConfig, tokenizer) -> LookupRobertaForMaskedLM:
+    """The model before its first step: each module drawn from a seed made of ``config.seed`` and the module's name.
+
+    So twins that differ in their FFN start from the same embeddings, attention and head, to the bit.
+    """
+    model = LookupRobertaForMaskedLM(config.model_config(tokenizer))
+    for name, module in reversed(list(model.named_modules())):  # children first: a lookup layer draws its projection
+        digest = hashlib.blake2b(f"{config.seed} {name}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest, "big"))
+        model._init_weights(module)
+    return model
+
+
 class _PretrainingTrainer(Trainer):
     def __init__(self, *, config: PretrainConfig, **kwargs):
         self.config = config
@@ -128,6 +142,17 @@ class _Checkpoints(TrainerCallback):
             checkpoint.keep_latest(output_dir, keep=2)
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a ``metrics.jsonl``, without what a kill has torn off the last one."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 class _Metrics(TrainerCallback):
     """Appends every log of the Trainer to ``metrics.jsonl``, with tokens and seconds so far and the use of cells."""
 
@@ -138,10 +163,9 @@ class _Metrics(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:  # lines after the checkpoint that this run starts from are written again
-            old = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
-            checkpoint.atomic_write(self.path, "".join(line + "\n" for line in kept))
-            self.start = time.perf_counter() - (json.loads(kept[-1]).get("seconds", 0.0) if kept else 0.0)
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            checkpoint.atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
 
     def seconds(self) -> float:
         """Seconds that this run has trained for, those before its checkpoint included."""
@@ -157,6 +181,9 @@ class _Metrics(TrainerCallback):
             self.monitor.reset()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.monitor.reset()  # what it has just seen was not training
 
 
 class _Progress(TrainerCallback):
@@ -208,25 +235,25 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
     ``model/`` (``save_pretrained``, with the tokenizer) and ``results.json``.
 
     Raises:
-        ValueError: a setting is out of range, or ``output_dir`` holds a run with other settings.
+        InputError: settings and data do not fit, or ``output_dir`` holds a run with other settings or data.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.batch_size % (ranks * config.accumulation):
-        raise ValueError(
+        raise InputError(
             f"batch_size {config.batch_size} must be a multiple of processes x accumulation = "
             f"{ranks} x {config.accumulation}"
         )
     output_dir = Path(config.output_dir)
-    _claim(output_dir, config)
     data = data or config.prepare_data()
     masks = {"tokenizer": data.tokenizer, "mask_probability": config.mask_probability}
     train = MaskedBlocks(data.train, seed=config.seed, length=config.steps * config.batch_size, shuffle=True, **masks)
     # Seed 0 whatever config.seed is: the evaluation is the same for all runs on the same data.
-    evaluated = min(config.evaluation_sequences or len(data.validation), len(data.validation))
-    validation = MaskedBlocks(data.validation, seed=0, length=evaluated, **masks)
+    every = max(1, len(data.validation) // (config.evaluation_sequences or len(data.validation)))
+    validation = MaskedBlocks(data.validation[::every][: config.evaluation_sequences or None], seed=0, **masks)
 
-    set_seed(config.seed)
-    model = LookupRobertaForMaskedLM(config.model_config(data.tokenizer))
+    model = build_model(config, data.tokenizer)
+    _claim(output_dir, config, data)  # only now, when nothing of the input can be refused any more
+    set_seed(config.seed)  # of dropout
     trainer = _PretrainingTrainer(
         config=config,
         model=model,
@@ -242,6 +269,9 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         written = _Metrics(config, monitor)
         for callback in (_Checkpoints(), written, _Progress(config.ffn), tensorboard):
             trainer.add_callback(callback)
+        if trainer.is_world_process_zero():
+            checkpoint.keep_latest(output_dir, keep=2)  # a damaged one would be written into, its marker still there
+        trainer.accelerator.wait_for_everyone()
         latest = checkpoint.latest_complete(output_dir)
         trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         seconds = written.seconds()
@@ -262,11 +292,12 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
     }
     if trainer.is_world_process_zero():
         _save_final(output_dir, model, data.tokenizer, metrics)
+    trainer.accelerator.wait_for_everyone()
     return PretrainResult(model, data, validation, metrics, output_dir, _curve(output_dir))
 
 
 def _training_arguments(config: PretrainConfig, ranks: int) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.output_dir,
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size // (ranks * config.accumulation),
@@ -290,18 +321,21 @@ def _training_arguments(config: PretrainConfig, ranks: int) -> TrainingArguments
         report_to=[],
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take torchrun; DataParallel would multiply the batch
+    return arguments
 
 
-def _claim(output_dir: Path, config: PretrainConfig) -> None:
+def _claim(output_dir: Path, config: PretrainConfig, data: PretrainingData) -> None:
     """Writes the settings to ``output_dir``, or refuses a folder in which a run with other settings lies."""
     output_dir.mkdir(parents=True, exist_ok=True)
     path, fields = output_dir / "config.json", dataclasses.asdict(config)
     fields.pop("output_dir")
+    fields["tokens"] = data.summary["tokens"]  # other data under the same name is other data
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
         changed = [f"{k}: {old.get(k)!r} there, {v!r} asked" for k, v in fields.items() if old.get(k) != v]
         if changed:
-            raise ValueError(
+            raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): choose another folder"
             )
     else:
@@ -310,23 +344,22 @@ def _claim(output_dir: Path, config: PretrainConfig) -> None:
 
 def _save_final(output_dir: Path, model: LookupRobertaForMaskedLM, tokenizer, metrics: dict) -> None:
     folder, temporary = output_dir / "model", output_dir / ".model"
-    for old in (temporary, folder):
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     model.config.sparse_prediction = False  # whoever loads it expects logits of every token
     model.save_pretrained(temporary)
     model.config.sparse_prediction = True
     tokenizer.save_pretrained(temporary)
     checkpoint.mark_complete(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     checkpoint.atomic_write(output_dir / "results.json", json.dumps(metrics, indent=1) + "\n")
 
 
 def _curve(output_dir: Path) -> list[dict]:
     """Every evaluation logged in ``metrics.jsonl``, once a step."""
-    lines = map(json.loads, (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     points = {
         line["step"]: {k: line[k] for k in ("step", "tokens")} | {"log_perplexity": line["eval_log_perplexity"]}
-        for line in lines
+        for line in read_metrics(output_dir / "metrics.jsonl")
         if "eval_log_perplexity" in line
     }
     return list(points.values())

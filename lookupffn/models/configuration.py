@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -51,10 +53,12 @@ class LookupRobertaConfig(PreTrainedConfig):
         """The configuration called `name` in `PRESETS`, with `changes` applied.
 
         Raises:
-            ValueError: there is no such preset.
+            ValueError: there is no such preset, or no such field.
         """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
+        if unknown := sorted(changes.keys() - {field.name for field in dataclasses.fields(cls)}):
+            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
         return cls(**PRESETS[name] | changes)
 
 

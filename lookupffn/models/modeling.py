@@ -124,8 +124,6 @@ class LookupRobertaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LookupFFN):
             init_parameters(module)
-        elif isinstance(module, MaskedLMHead):
-            initialization.zeros_(module.bias)
         elif isinstance(module, PositionEmbedding):
             waves = sinusoids(*module.weight.shape, device=module.weight.device)
             initialization.copy_(module.weight, self.config.initializer_range * waves)
@@ -190,17 +188,16 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
 
 
 class MaskedLMHead(nn.Module):
-    """RoBERTa's head, ``decoder(norm(gelu(dense(x)))) + bias``; the decoder's weight is the word embedding."""
+    """RoBERTa's head, ``decoder(norm(gelu(dense(x))))``; the decoder's weight is the word embedding."""
 
     def __init__(self, config: LookupRobertaConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.dense(hidden_states)))) + self.bias
+        return self.decoder(self.norm(F.gelu(self.dense(hidden_states))))
 
 
 class LookupRobertaForMaskedLM(LookupRobertaPreTrainedModel):
