@@ -7,8 +7,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	@$(VENV)/bin/lookupffn demo
 
-test: $(READY)
+test:
 	@scripts/setup.sh check-compiler
+	@$(MAKE) --no-print-directory $(READY)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/python -m pytest

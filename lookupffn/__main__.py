@@ -2,16 +2,20 @@
 
 import dataclasses
 import inspect
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
+import torch
 import typer
 import yaml
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from lookupffn.recipe import PretrainConfig
+from lookupffn.recipe import InputError, PretrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -32,25 +36,32 @@ def flops(
     from lookupffn.layer import LookupConfig, LookupFFN
 
     dense = DenseFFN(hidden_size, intermediate_size, device="meta")
-    rows = [("dense FFN", dense, 0, dense.bytes_read(1))]
+    layers = {"dense FFN": dense}
+    shape = {"code_bits": code_bits, "block_size": block_size, "reads": reads}
     for projection in ("bh4", "dense"):
         for tables in num_tables:
-            shape = {"num_tables": tables, "code_bits": code_bits, "block_size": block_size, "reads": reads}
-            config = LookupConfig(hidden_size, hidden_size, projection=projection, **shape)
-            layer = LookupFFN(config, device="meta")
+            try:
+                config = LookupConfig(hidden_size, hidden_size, projection=projection, num_tables=tables, **shape)
+            except ValueError as error:
+                raise InputError(str(error)) from None
             name = f"T {tables}, {'BH4' if projection == 'bh4' else projection}"
-            row_bytes = layer.bytes_read(2) - layer.bytes_read(1)
-            rows.append((name, layer, layer.tables.nbytes, row_bytes))
+            layers[name] = LookupFFN(config, device="meta")
 
     title = f"FFN {hidden_size}-{intermediate_size}-{hidden_size}, tau {code_bits}, {reads} read(s), float32"
-    table = Table(title=title)
-    for heading in ("config", "multiply-adds", "dense / it", "tables", "read a token"):
+    table = Table(title=title, box=box.SIMPLE, caption="Weights are read once a batch, rows of tables once a token.")
+    for heading in ("config", "multiply-adds", "dense / it", "weights", "rows read", "tables"):
         table.add_column(heading, justify="left" if heading == "config" else "right", no_wrap=True)
-    for name, layer, table_bytes, row_bytes in rows:
-        macs = layer.flops(1) // 2
-        ratio = f"{dense.flops(1) / layer.flops(1):.1f}"
-        size = f"{table_bytes / 2**20:,.1f} MiB" if table_bytes else "-"
-        table.add_row(name, f"{macs:,}", ratio, size, f"{row_bytes / 2**10:,.0f} KiB")
+    for name, layer in layers.items():
+        weights = layer.bytes_read(0)
+        row_bytes = layer.bytes_read(1) - weights
+        table.add_row(
+            name,
+            f"{layer.flops(1) // 2:,}",
+            f"{dense.flops(1) / layer.flops(1):.1f}",
+            f"{weights / 2**10:,.0f} KiB",
+            f"{row_bytes / 2**10:,.0f} KiB" if row_bytes else "-",
+            f"{layer.tables.nbytes / 2**20:,.0f} MiB" if row_bytes else "-",
+        )
     Console().print(table)
 
 
@@ -63,7 +74,7 @@ def pretrain(config: str | None, **flags) -> None:
     settings = _read_config(config) if config else {}
     known = {field.name for field in dataclasses.fields(PretrainConfig)}
     if unknown := set(settings) - known:
-        raise ValueError(
+        raise InputError(
             f"{config}: unknown setting {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
         )
     settings |= {name: value for name, value in flags.items() if value is not None and name != "model"}
@@ -74,6 +85,8 @@ def pretrain(config: str | None, **flags) -> None:
 
     _quiet()
     result = run(checked)
+    if int(os.environ.get("RANK", "0")):
+        return  # the first process speaks for all
     table = Table("log perplexity", "standard error", "tokens evaluated", "tokens trained", "parameters", "seconds")
     m = result.metrics
     table.add_row(
@@ -101,18 +114,18 @@ def _read_config(name: str) -> dict:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         shipped = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise ValueError(f"config {name!r} is neither a file nor one of the shipped ones ({shipped})") from None
+        raise InputError(f"config {name!r} is neither a file nor one of the shipped ones ({shipped})") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+        raise InputError(f"{path} is not YAML: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold settings as 'name: value', not {type(settings).__name__}")
+        raise InputError(f"{path} must hold settings as 'name: value', not {type(settings).__name__}")
     return settings
 
 
 def _assignment(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--model takes NAME=VALUE, not {text!r}")
+        raise InputError(f"--model takes NAME=VALUE, not {text!r}")
     return name, yaml.safe_load(value)
 
 
@@ -145,7 +158,7 @@ def demo(
 ):
     """Trains a dense and a lookup twin on Python's own standard library and writes a report that compares them."""
     if not minutes > 0 or (steps is not None and steps < 1):
-        raise ValueError(f"minutes and steps must be positive, not {minutes} and {steps}")
+        raise InputError(f"minutes and steps must be positive, not {minutes} and {steps}")
     from lookupffn.demo import demo as run  # only now: it takes seconds to import
 
     _quiet()
@@ -155,9 +168,12 @@ def demo(
 def main() -> None:
     try:
         app()
-    except (ValueError, ModuleNotFoundError) as error:  # refused input: one line that says why
-        Console(stderr=True).print(f"[bold red]lookupffn:[/] {error}", highlight=False)
+    except InputError as error:  # refused input: one line that says why; anything else keeps its traceback
+        Console(stderr=True).print(f"[bold red]lookupffn:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

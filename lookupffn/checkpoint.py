@@ -49,7 +49,8 @@ def _umask() -> int:
 def mark_complete(folder: Path) -> None:
     """Flushes every file of a checkpoint to disk, then writes the marker that makes it count."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
-    for path in (*files, folder):
+    folders = [path for path in folder.rglob("*") if path.is_dir()]
+    for path in (*files, *folders, folder, folder.parent):
         fsync(path)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     atomic_write(folder / MARKER, json.dumps({"format_version": 1, "files": sizes}, indent=1) + "\n")

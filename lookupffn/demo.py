@@ -18,7 +18,7 @@ from lookupffn.diagnostics import HashMonitor
 from lookupffn.hardware import machine
 from lookupffn.masking import MaskedBlocks, unigram_entropy
 from lookupffn.models import LookupRobertaForMaskedLM, LookupRobertaModel
-from lookupffn.recipe import PretrainConfig
+from lookupffn.recipe import InputError, PretrainConfig
 from lookupffn.report import verdict, write_report
 from lookupffn.timing import time_interleaved
 from lookupffn.training import PretrainResult, parameter_groups, pretrain
@@ -43,12 +43,12 @@ RECIPE = PretrainConfig(
 )
 
 SENTENCES = (
-    "import <mask>\n",
-    "    def __init__(<mask>, name):\n",
-    "    for i in <mask>(len(items)):\n        print(items[i])\n",
-    'if __name__ == "<mask>":\n    main()\n',
-    "    try:\n        return self.cache[key]\n    except <mask>:\n        pass\n",
-    "        if not isinstance(value, str):\n            <mask> TypeError('value must be a string')\n",
+    "    def __init__(<mask>, name):\n        self.name = name\n",
+    "        if value is not <mask>:\n            return value\n",
+    "    for key, value <mask> self.items():\n        print(key, value)\n",
+    "        raise <mask>Error('expected a string')\n",
+    "        <mask> isinstance(value, str):\n            return True\n",
+    "from os <mask> path\n",
 )
 
 
@@ -69,6 +69,8 @@ def demo(output_dir: str | Path, *, minutes: float, steps: int | None, seed: int
     results: dict[str, PretrainResult] = {}
     for ffn in TWINS:
         folder = output_dir / ffn
+        if folder.exists() and not (folder / "config.json").exists():
+            raise InputError(f"{folder} is there and holds no run of lookupffn: choose another --output-dir")
         shutil.rmtree(folder, ignore_errors=True)
         config = dataclasses.replace(
             RECIPE,
@@ -226,15 +228,15 @@ def _print(console: Console, report: dict) -> None:
         table.add_column(heading, justify="left" if not heading else "right")
     rows = [
         ("log perplexity (nats)", "log_perplexity", ".3f"),
-        ("parameters", "parameters", ",.0f"),
+        ("parameters, with the head", "parameters", ",.0f"),
         ("FFN multiply-adds a token", "ffn_macs_per_token", ",.0f"),
-        ("model multiply-adds a token", "model_macs_per_token", ",.0f"),
+        ("encoder multiply-adds a token", "model_macs_per_token", ",.0f"),
         ("FFN bytes a token", "ffn_bytes_per_token", ",.0f"),
     ]
     for label, key, form in rows:
         table.add_row(label, f"{dense[key]:{form}}", f"{lookup[key]:{form}}", f"{lookup[key] / dense[key]:.2f}")
     for a, b in zip(dense["timings"], lookup["timings"], strict=True):
-        label = f"{'FFN' if a['what'] == 'ffn' else 'model'} µs a token, {a['tokens']} token(s)"
+        label = f"{'FFN' if a['what'] == 'ffn' else 'encoder'} µs a token, {a['tokens']} token(s)"
         a, b = a["us_per_token"], b["us_per_token"]
         table.add_row(label, f"{a:,.1f}", f"{b:,.1f}", f"{b / a:.2f}")
     console.print(table)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lookupffn.layer import LookupFFN
-from lookupffn.ops import at_least_float32
-from lookupffn.reference import sign_codes
+from lookupffn.ops import at_least_float32, hash_codes
 
 MARGIN_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -38,7 +37,7 @@ class HashMonitor:
 
     def reset(self) -> None:
         """Forgets everything seen so far."""
-        self._counts: dict[str, Tensor] = {}  # (T, K) tokens that fell in each cell
+        self._counts: dict[str, Tensor] = {}  # (T, K, N) how often a cell was the nearest, the second nearest, ...
         self._margins: dict[str, list[Tensor]] = {name: [] for name in self.layers}  # |z| of the latest tokens
 
     def close(self) -> None:
@@ -57,25 +56,28 @@ class HashMonitor:
         config = self.layers[name].config
         z = z.to(at_least_float32(z.dtype)).reshape(-1, config.num_tables, config.code_bits)  # (B, T, tau)
         z = z[:: math.ceil(len(z) / self.tokens_per_call) or 1]
-        first = torch.arange(config.num_tables, device=z.device) * config.num_rows
-        cells = config.num_tables * config.num_rows
-        counts = torch.bincount((sign_codes(z) + first).flatten(), minlength=cells).view(config.num_tables, -1)
+        codes, _ = hash_codes(z, config.reads)  # (B, T, N)
+        shape = (config.num_tables, config.num_rows, config.reads)
+        place = torch.arange(config.num_tables, device=z.device)[:, None] * config.num_rows + codes.long()
+        place = place * config.reads + torch.arange(config.reads, device=z.device)
+        counts = torch.bincount(place.flatten(), minlength=math.prod(shape)).view(shape)
         self._counts[name] = self._counts.get(name, 0) + counts
         self._margins[name] = [*self._margins[name][-7:], z.abs().flatten()[: 2**16]]
 
     def summary(self) -> list[dict]:
         """One dict a layer, in model order; layers that saw no token are left out.
 
-        ``cells_used``: share of all cells met at least once. ``code_entropy``: entropy of the codes of a table,
-        averaged over tables, as a share of ``code_bits`` (1 is uniform). ``dead_bits``: how many of ``bits`` took one
-        value only. ``margin_quantiles``: of ``|z|``, the distance of a coordinate from flipping its bit.
-        ``tokens``: how many were looked at; with few, ``cells_used`` is bounded by ``tokens / K``.
+        ``cells_used``: share of all cells read at least once, by any read; with few tokens at most ``tokens N / K``.
+        ``code_entropy``: entropy of the nearest cells of a table, averaged over tables, as a share of ``code_bits``
+        (1 is uniform). ``dead_bits``: how many of ``bits`` took one value only. ``margin_quantiles``: of ``|z|``, the
+        distance of a coordinate from flipping its bit. ``tokens``: how many were looked at.
         """
         result = []
         for index, (name, layer) in enumerate(self.layers.items()):
             if name not in self._counts or not self._counts[name].sum():
                 continue
-            config, counts = layer.config, self._counts[name].double()
+            config, used = layer.config, (self._counts[name] > 0).any(-1)
+            counts = self._counts[name][..., 0].double()  # (T, K), of the nearest cell
             tokens = counts[0].sum()
             share = counts / tokens  # (T, K)
             entropy_bits = -torch.xlogy(share, share).sum(1) / math.log(2)
@@ -89,7 +91,7 @@ class HashMonitor:
                     "layer": index,
                     "name": name,
                     "tokens": int(tokens),
-                    "cells_used": (counts > 0).double().mean().item(),
+                    "cells_used": used.double().mean().item(),
                     "code_entropy": entropy_bits.mean().item() / config.code_bits,
                     "dead_bits": int(((ones == 0) | (ones == tokens)).sum()),
                     "bits": config.code_features,

@@ -127,7 +127,7 @@ class BH4(nn.Module):
     ``R`` repeats are concatenated and cut. Equal to ``reference.bh4`` plus bias (paper, section 4.2).
 
     Shapes: weight ``(R, 4, D'/b, b, b)``, rows of a block are outputs; bias ``(out_features)``.
-    Under autocast the products run in the autocast dtype; the sum with ``x`` and the bias stay in float32.
+    Under autocast ``x`` and the products are in the autocast dtype, the last sum and the bias in float32.
     """
 
     def __init__(self, in_features: int, out_features: int, block_size: int, decay: float, *, device=None, dtype=None):
@@ -151,6 +151,19 @@ class BH4(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, block_size={self.block_size}, decay={self.decay}"
+
+
+class DenseProjection(nn.Linear):
+    """The dense projection ``z = W x + b``: ``x (..., in_features)`` to ``(..., out_features)``.
+
+    Autocast does not reach it: a product rounded to bfloat16 would move ``z``, whose signs are the codes, across zero.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _autocast_dtype(x.device) is None:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class LookupFFN(nn.Module):
@@ -177,7 +190,7 @@ class LookupFFN(nn.Module):
         if c.projection == "bh4":
             self.projection = BH4(c.in_features, c.code_features, c.block_size, c.decay, **where)
         elif c.projection == "dense":
-            self.projection = nn.Linear(c.in_features, c.code_features, **where)
+            self.projection = DenseProjection(c.in_features, c.code_features, **where)
         else:
             self.projection = nn.Identity()
         self.tables = nn.Parameter(torch.empty(c.num_tables, c.num_rows, c.out_features, **where))

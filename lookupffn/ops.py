@@ -219,7 +219,7 @@ _hash_codes.register_autograd(_hash_codes_grad, setup_context=_hash_codes_setup)
 
 
 def hash_codes(z: Tensor, reads: int = 1) -> tuple[Tensor, Tensor]:
-    """The ``reads`` nearest cells and their scores, equal to ``reference.nearest_cells``.
+    """The ``reads`` nearest cells and their scores, equal to ``reference.nearest_cells`` but for the order of ties.
 
     ``z (B, T, tau)`` float32 or float64 to codes int32 and scores, both ``(B, T, reads)``, nearest cell first: it is
     the sign pattern, ``code = sum_j [z_j > 0] 2**(tau-1-j)``, ``score = (sum_j |z_j|) prod_j sigmoid(2 |z_j|)``.

@@ -76,6 +76,8 @@ class PretrainConfig:
 
     def model_config(self, tokenizer):
         """The ``LookupRobertaConfig`` for the vocabulary of ``tokenizer``; InputError for fields that it has not."""
+        from huggingface_hub.errors import StrictDataclassError
+
         from lookupffn.models import LookupRobertaConfig
 
         ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -84,8 +86,8 @@ class PretrainConfig:
             raise InputError(f"model cannot set {', '.join(taken)}: the recipe's ffn and the tokenizer decide it")
         try:
             return LookupRobertaConfig.preset(self.preset, **self.model | fixed | {"vocab_size": len(tokenizer)})
-        except (TypeError, ValueError) as error:
-            raise InputError(f"model: {error}") from error
+        except (ValueError, StrictDataclassError) as error:
+            raise InputError(f"model: {' '.join(str(error).split())}") from error
 
     def prepare_data(self):
         """The token blocks of ``data`` (``data.PretrainingData``), from the cache where they are there already."""

@@ -30,12 +30,15 @@ pip_install() {
 install() {
     venv=$1 log=$1/setup.log
     python=$(find_python)
-    if [ ! -x "$venv/bin/python" ]; then
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         echo "setup: making $venv with $($python --version)"
-        "$python" -m venv "$venv" || fail "'$python -m venv' failed: install your system's python3-venv package"
+        if ! "$python" -m venv --clear "$venv" >/dev/null 2>&1; then
+            rm -rf "$venv"
+            fail "'$python -m venv' failed: install your system's python3-venv package"
+        fi
     fi
     : >"$log"
-    echo "setup: installing torch 2.13.0 (CPU)"
+    echo "setup: installing torch 2.13.0"
     pip_install torch==2.13.0 # first, so that nothing below pulls another build of it
     echo "setup: installing lookupffn with its extras"
     pip_install --editable '.[dev]'

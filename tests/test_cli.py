@@ -26,9 +26,9 @@ def run(monkeypatch, capsys):
 def test_flops_prints_the_authors_table():
     out = CliRunner().invoke(app, ["flops"]).output
     for numbers in (
-        ("2,097,152", "1.0"),
-        ("163,840", "12.8", "32.0 MiB", "128 KiB"),
-        ("327,680", "6.4", "64.0 MiB", "256 KiB"),
+        ("2,097,152", "1.0", "8,202 KiB"),
+        ("163,840", "12.8", "516 KiB", "128 KiB", "32 MiB"),
+        ("327,680", "6.4", "1,030 KiB", "256 KiB", "64 MiB"),
         ("294,912", "7.1"),
         ("589,824", "3.6"),
     ):

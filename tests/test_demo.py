@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lookupffn import demo as demo_module
+from lookupffn.recipe import InputError
 from lookupffn.timing import time_interleaved
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
@@ -61,6 +62,14 @@ def test_twins_differ_in_nothing_but_the_ffn(folder):
     configs = [json.loads((folder / ffn / "config.json").read_text()) for ffn in ("dense", "lookup")]
     assert [c.pop("ffn") for c in configs] == ["dense", "lookup"]
     assert configs[0] == configs[1]
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(folder, tmp_path):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds no run of lookupffn"):
+        demo_module.demo(tmp_path, minutes=1, steps=1, seed=0)
+    assert (tmp_path / "dense" / "thesis.tex").exists()
 
 
 def test_the_page_is_self_contained(folder):

@@ -26,6 +26,14 @@ def test_statistics_by_hand():
     assert row["margin_quantiles"]["0.95"] == pytest.approx(x.abs().flatten().quantile(0.95).item())
 
 
+def test_a_cell_counts_as_used_by_the_second_read_too():
+    model = nn.Sequential(LookupFFN(LookupConfig(2, 3, num_tables=1, code_bits=2, projection="none", reads=2)))
+    with HashMonitor(model) as monitor:
+        model(torch.tensor([[2.0, 1.0]]))  # cell 11, then 10
+    (row,) = monitor.summary()
+    assert (row["tokens"], row["cells_used"], row["code_entropy"], row["dead_bits"]) == (1, 2 / 4, 0, 2)
+
+
 def test_counts_add_up_over_calls_and_stop_when_closed():
     model = nn.Sequential(layer_without_projection(), nn.Linear(3, 4), layer_without_projection())
     monitor = HashMonitor(model)

@@ -120,6 +120,17 @@ def test_bfloat16_stays_near_float32_for_the_same_codes(config, device):
     assert ((y.double() - expected).abs() <= 0.02 * size + 1e-6).all()
 
 
+def test_autocast_does_not_round_the_z_of_a_dense_projection(device):
+    layer = LookupFFN(CONFIGS[6], device=device)
+    x = torch.randn(40, 65, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        z = layer.projection(x)
+        narrow = layer.projection(x.bfloat16())
+    assert z.dtype == narrow.dtype == torch.float32
+    exact = x.double() @ layer.projection.weight.double().T
+    assert (z.double() - exact).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[6]], ids=name)
 def test_autocast_keeps_codes_and_scores_in_float32(config, device):
     layer = LookupFFN(config, device=device)

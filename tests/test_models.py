@@ -164,7 +164,16 @@ def test_presets_build_and_save_what_their_comment_says(preset):
     assert round(flops["dense"] / flops["lookup"], 1) == ratios[preset]
 
 
+def test_the_vocabulary_can_grow():
+    model = LookupRobertaForMaskedLM(tiny())
+    model.resize_token_embeddings(103)
+    assert model(ids(vocab=103)).logits.shape == (3, 11, 103)
+    assert model.lm_head.decoder.weight is model.encoder.embeddings.word_embeddings.weight
+
+
 def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="LookupRobertaConfig has no field num_tabels"):
+        tiny(num_tabels=7)
     with pytest.raises(ValueError, match="preset must be one of small, small-512, base, not 'tiny'"):
         LookupRobertaConfig.preset("tiny")
     with pytest.raises(ValueError, match="ffn must be one of dense, lookup, not 'slide'"):

@@ -18,8 +18,15 @@ from safetensors.torch import load_file
 from lookupffn import LookupFFN
 from lookupffn.masking import MaskedBlocks
 from lookupffn.models import LookupRobertaForMaskedLM
-from lookupffn.recipe import PretrainConfig
-from lookupffn.training import evaluate, log_perplexity, parameter_groups, pretrain
+from lookupffn.recipe import InputError, PretrainConfig
+from lookupffn.training import (
+    build_model,
+    evaluate,
+    log_perplexity,
+    parameter_groups,
+    pretrain,
+    read_metrics,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",  # transformers' own
@@ -199,14 +206,63 @@ def test_a_batch_that_does_not_divide_is_refused(corpus, tmp_path):
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"learning_rate": 0.0}, "learning_rate must be more than 0, not 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be more than 0, not nan"),
+        ({"learning_rate": "fast"}, "learning_rate must be of type float, not 'fast'"),
+        ({"steps": 1.5}, "steps must be of type int, not 1.5"),
+        ({"bf16": 1}, "bf16 must be of type bool, not 1"),
+        ({"model": [3]}, r"model must be of type dict, not \[3\]"),
         ({"mask_probability": 1.0}, "mask_probability must be between 0 and 1, not 1.0"),
         ({"save_every": 30}, "save_every 30 must be a multiple of log_every 50"),
         ({"seed": -1}, "seed must be at least 0, not -1"),
     ],
 )
 def test_settings_out_of_range_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         PretrainConfig(**change)
+
+
+def test_numbers_may_come_as_yaml_reads_them():
+    config = PretrainConfig(learning_rate="1e-3", max_grad_norm=1, model=None)
+    assert (config.learning_rate, config.max_grad_norm, config.model) == (1e-3, 1.0, {})
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"num_tabels": 7}, "model: LookupRobertaConfig has no field num_tabels"),
+        ({"ffn": "dense"}, "model cannot set ffn"),
+        ({"num_tables": "many"}, "model: .*num_tables"),
+    ],
+)
+def test_model_fields_that_are_not_the_users_are_refused(model, message):
+    with pytest.raises(InputError, match=message):
+        PretrainConfig(preset="small", model=model).model_config(_Tokenizer())
+
+
+def test_twins_start_from_the_same_weights_but_for_their_ffn():
+    twins = [build_model(config_for("stdlib", "x", ffn=ffn), _Tokenizer()) for ffn in ("dense", "lookup")]
+    dense, lookup = (dict(model.named_parameters()) for model in twins)
+    shared = dense.keys() & lookup.keys()
+    assert all(".ffn." in name for name in dense.keys() ^ lookup.keys())
+    assert len(shared) > 20
+    for name in shared:
+        assert torch.equal(dense[name], lookup[name]), name
+    layers = lookup["encoder.layers.0.ffn.tables"], lookup["encoder.layers.1.ffn.tables"]
+    assert not torch.equal(*layers)
+    other = build_model(config_for("stdlib", "x", seed=1), _Tokenizer())
+    assert not torch.equal(other.encoder.layers[0].ffn.tables, layers[0])
+
+
+def test_a_torn_line_of_metrics_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert read_metrics(tmp_path / "none") == []
+
+
+def test_a_refused_run_does_not_claim_its_folder(corpus, tmp_path):
+    with pytest.raises(InputError, match="no field num_tabels"):
+        pretrain(config_for(corpus, tmp_path, model=SIZES | {"num_tabels": 3}))
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_parameter_groups():

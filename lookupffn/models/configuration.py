@@ -1,7 +1,5 @@
 """Configuration of the pre-norm RoBERTa encoder, and the sizes that have a name."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from huggingface_hub.dataclasses import strict
@@ -49,7 +47,7 @@ class LookupRobertaConfig(PreTrainedConfig):
     sparse_prediction: bool = False
 
     @classmethod
-    def preset(cls, name: str, **changes) -> LookupRobertaConfig:
+    def preset(cls, name: str, **changes) -> "LookupRobertaConfig":
         """The configuration called `name` in `PRESETS`, with `changes` applied.
 
         Raises:
