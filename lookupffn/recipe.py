@@ -74,27 +74,41 @@ class PretrainConfig:
             if getattr(self, name) % self.log_every:  # or a resumed run would log other means than an unbroken one
                 raise InputError(f"{name} {getattr(self, name)} must be a multiple of log_every {self.log_every}")
 
-    def model_config(self, tokenizer):
-        """The ``LookupRobertaConfig`` for the vocabulary of ``tokenizer``; InputError for fields that it has not."""
+    def model_config(self, tokenizer=None):
+        """The ``LookupRobertaConfig``, with the vocabulary of ``tokenizer`` once there is one.
+
+        Raises:
+            InputError: no model can be built of it; the message says why.
+        """
+        import torch
         from huggingface_hub.errors import StrictDataclassError
 
-        from lookupffn.models import LookupRobertaConfig
+        from lookupffn.models import LookupRobertaConfig, LookupRobertaForMaskedLM
 
-        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        fixed = {"ffn": self.ffn, "sparse_prediction": True, **ids}
-        if taken := sorted(fixed.keys() & self.model.keys()):
+        tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
+        if taken := sorted({"ffn", "sparse_prediction", *tokens} & self.model.keys()):
             raise InputError(f"model cannot set {', '.join(taken)}: the recipe's ffn and the tokenizer decide it")
+        fields = self.model | {"ffn": self.ffn, "sparse_prediction": True}
+        if tokenizer is not None:
+            fields |= {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in tokens}
         try:
-            return LookupRobertaConfig.preset(self.preset, **self.model | fixed | {"vocab_size": len(tokenizer)})
-        except (ValueError, StrictDataclassError) as error:
+            config = LookupRobertaConfig.preset(self.preset, **fields)
+            with torch.device("meta"):  # every size is checked, no memory touched
+                LookupRobertaForMaskedLM(config)
+        except (TypeError, ValueError, StrictDataclassError) as error:
             raise InputError(f"model: {' '.join(str(error).split())}") from error
+        if self.sequence_length > config.max_position_embeddings:
+            raise InputError(
+                f"sequence_length {self.sequence_length} must be at most the model's max_position_embeddings, "
+                f"{config.max_position_embeddings}"
+            )
+        return config
 
     def prepare_data(self):
         """The token blocks of ``data`` (``data.PretrainingData``), from the cache where they are there already."""
         from lookupffn.data import prepare
-        from lookupffn.models import LookupRobertaConfig
 
-        vocab_size = self.model.get("vocab_size", LookupRobertaConfig.preset(self.preset).vocab_size)
+        vocab_size = self.model_config().vocab_size  # first, so that no text is read for a model that cannot be
         return prepare(
             self.data,
             block_size=self.sequence_length,

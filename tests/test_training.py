@@ -231,11 +231,20 @@ def test_numbers_may_come_as_yaml_reads_them():
         ({"num_tabels": 7}, "model: LookupRobertaConfig has no field num_tabels"),
         ({"ffn": "dense"}, "model cannot set ffn"),
         ({"num_tables": "many"}, "model: .*num_tables"),
+        ({"block_size": 256}, "model: block_size must be a power of two, 1 to 128"),
+        ({"num_attention_heads": 5}, "model: hidden_size 128 must be a multiple"),
+        ({"max_position_embeddings": 64}, "sequence_length 128 must be at most .* 64"),
     ],
 )
 def test_model_fields_that_are_not_the_users_are_refused(model, message):
     with pytest.raises(InputError, match=message):
-        PretrainConfig(preset="small", model=model).model_config(_Tokenizer())
+        PretrainConfig(preset="small", model=model).prepare_data()
+
+
+@pytest.mark.parametrize(("name", "value"), [("preset", "tiny"), ("ffn", "slide")])
+def test_an_unknown_preset_or_ffn_is_refused_before_any_text_is_read(name, value):
+    with pytest.raises(InputError, match=f"model: {name} must be one of .* not '{value}'"):
+        PretrainConfig(data="/nowhere", **{name: value}).prepare_data()
 
 
 def test_twins_start_from_the_same_weights_but_for_their_ffn():
