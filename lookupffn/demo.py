@@ -25,7 +25,7 @@ from lookupffn.training import PretrainResult, parameter_groups, pretrain
 
 TWINS = ("dense", "lookup")
 TIMED_TOKENS = (1, 512)
-CALIBRATION_STEPS = 12
+CALIBRATION_SECONDS = 8.0  # a twin; a shorter look at a noisy machine misjudged a run by 15 %
 EVALUATIONS = 8
 SECONDS_A_TIMING = 3.0
 
@@ -92,22 +92,23 @@ def demo(output_dir: str | Path, *, minutes: float, steps: int | None, seed: int
 
 
 def _seconds_a_step(ffn: str, data: PretrainingData) -> float:
-    """Seconds that one training step of this twin takes here: the median of a few after two to warm up."""
+    """Seconds that one training step of this twin takes here: the mean of a few seconds after two to warm up."""
     config = dataclasses.replace(RECIPE, ffn=ffn)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # as the Trainer chooses
     model = LookupRobertaForMaskedLM(config.model_config(data.tokenizer)).to(device).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
     blocks = MaskedBlocks(data.train, data.tokenizer, seed=0, shuffle=True)
     seconds = []
-    for step in range(CALIBRATION_STEPS):
-        start = time.perf_counter()
+    end = time.perf_counter() + CALIBRATION_SECONDS
+    while (start := time.perf_counter()) < end or len(seconds) < 12:
+        step = len(seconds)
         items = [blocks[step * config.batch_size + i] for i in range(config.batch_size)]
         model(**{name: torch.stack([i[name] for i in items]).to(device) for name in items[0]}).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()  # waits for the device
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds[2:])[len(seconds[2:]) // 2]
+    return sum(seconds[2:]) / len(seconds[2:])
 
 
 @torch.no_grad()
