@@ -14,7 +14,7 @@ test:
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/python -m pytest
 
-$(READY): pyproject.toml scripts/setup.sh
+$(READY): pyproject.toml scripts/setup.sh CMakeLists.txt $(wildcard csrc/*)
 	@scripts/setup.sh install $(VENV)
 	@touch $@
 

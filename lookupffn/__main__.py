@@ -1,4 +1,4 @@
-"""The command line: ``lookupffn flops | pretrain | demo``."""
+"""The command line: ``lookupffn flops | info | pretrain | demo``."""
 
 import dataclasses
 import inspect
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lookupffn import __version__, hardware, native
 from lookupffn.recipe import InputError, PretrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -63,6 +64,34 @@ def flops(
             f"{layer.tables.nbytes / 2**20:,.0f} MiB" if row_bytes else "-",
         )
     Console().print(table)
+
+
+@app.command()
+def info():
+    """Prints what runs here and why: kernels, instruction sets, caches, threads."""
+    forced = os.environ.get("LOOKUPFFN_ISA")
+    if reason := native.load():
+        why = reason
+    else:
+        why = "LOOKUPFFN_ISA asks for it" if forced else "the first of this build that runs here"
+    try:
+        implementation = native.implementation()
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
+    console, quota = Console(soft_wrap=True), hardware.cgroup_quota()
+    console.print(f"[bold]lookupffn {__version__}[/] on {hardware.cpu_name()}")
+    console.print(f"kernels: [bold]{implementation}[/] ({why})")
+    table = Table("implementation", "runs here", "needs")
+    for i in native.implementations():
+        table.add_row(i["name"], "yes" if i["runs_here"] else "no", i["needs"])
+    if table.row_count:
+        console.print(table)
+    for cache in hardware.caches():
+        console.print(
+            f"L{cache['level']} cache: {cache['bytes'] // 2**10:,} KiB, shared by {cache['shared_by']} logical CPUs"
+        )
+    console.print(f"huge pages: {hardware.huge_pages()}")
+    console.print(f"threads: {torch.get_num_threads()}; CPU quota of the control group: {quota or 'none'}")
 
 
 def pretrain(config: str | None, **flags) -> None:
@@ -152,7 +181,7 @@ def demo(
     output_dir: Annotated[str, typer.Option(help="folder of the report, replaced if it is there")] = "runs/demo",
     minutes: Annotated[
         float, typer.Option(help="time to train both models; the number of steps follows from it")
-    ] = 7.5,
+    ] = 7.6,
     steps: Annotated[int | None, typer.Option(help="optimizer steps of each model, instead of a time")] = None,
     seed: Annotated[int, typer.Option(help="of initialisation, data order and masks")] = 0,
 ):

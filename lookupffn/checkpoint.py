@@ -4,11 +4,13 @@ A process may be killed between any two system calls. A file appears under its n
 a checkpoint folder counts only once its marker, which lists every file with its size, has appeared in it.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 MARKER = "COMPLETE.json"
@@ -24,20 +26,27 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` so that the old or the new content is there whenever the process dies."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextlib.contextmanager
+def atomic_replace(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside ``path``; what is written there replaces ``path``, whole, when the block ends."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        fsync(temporary)
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own mode is private
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` so that the old or the new content is there whenever the process dies."""
+    with atomic_replace(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _umask() -> int:

@@ -40,8 +40,9 @@ install() {
     : >"$log"
     echo "setup: installing torch 2.13.0"
     pip_install torch==2.13.0 # first, so that nothing below pulls another build of it
-    echo "setup: installing lookupffn with its extras"
-    pip_install --editable '.[dev]'
+    echo "setup: installing lookupffn with its extras, and building its kernels"
+    pip_install scikit-build-core cmake ninja # by hand, because build isolation would fetch another torch
+    pip_install --no-build-isolation --editable '.[dev]'
 }
 
 check_compiler() {

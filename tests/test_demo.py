@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     )
     patch.setattr(demo_module, "RECIPE", recipe)
     patch.setattr(demo_module, "SECONDS_A_TIMING", 0.05)
-    patch.setattr(demo_module, "CALIBRATION_STEPS", 4)
+    patch.setattr(demo_module, "CALIBRATION_SECONDS", 0.0)
     yield demo_module.demo(folder / "out", minutes=0.001, steps=None, seed=3).parent
     patch.undo()
 

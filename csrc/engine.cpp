@@ -1,0 +1,175 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace lookupffn {
+namespace {
+
+constexpr int64_t kChunk = 2048;  // tokens whose codes and scores wait in memory at once
+
+// Round to nearest and flush denormals inside; the caller's control and status flags are put back as they were found.
+class FloatState {
+ public:
+#if defined(__SSE2__)
+  FloatState() : saved_(_mm_getcsr()) { _mm_setcsr(0x9fc0); }
+  ~FloatState() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FloatState() {
+    __asm__ volatile("mrs %0, fpcr\n mrs %1, fpsr" : "=r"(control_), "=r"(status_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t(1) << 24));
+  }
+  ~FloatState() { __asm__ volatile("msr fpcr, %0\n msr fpsr, %1" : : "r"(control_), "r"(status_)); }
+
+ private:
+  uint64_t control_, status_;
+#endif
+};
+
+// Memory of one thread that grows to what its largest call needs and serves the next calls: a call must not fault pages.
+class Arena {
+ public:
+  ~Arena() { std::free(memory_); }
+
+  void reserve(size_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return;
+    std::free(memory_);
+    size_ = 0;
+    memory_ = static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    if (!memory_) throw std::bad_alloc();
+    std::memset(memory_, 0, bytes);
+    size_ = bytes;
+  }
+
+  template <typename T>
+  T* take(size_t count) {
+    T* p = reinterpret_cast<T*>(memory_ + used_);
+    used_ += padded(count * sizeof(T));
+    return p;
+  }
+
+  static size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64 + 64; }  // +64: not all on the same cache sets
+
+ private:
+  uint8_t* memory_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+thread_local Arena shared_arena, tile_arena, sums_arena;
+
+struct TileScratch : ProjectScratch {
+  float *z, *scores;
+
+  TileScratch(Arena& arena, const Layer& l, int tile) {
+    const size_t t = tile;
+    const size_t widths = t * (l.width_in * (sizeof(float) + 4) + 2 * l.width_out * sizeof(float) + 8);
+    arena.reserve(widths + t * l.z_stride * sizeof(float) + l.slots * sizeof(float) + 16 * 128);
+    rows = arena.take<float>(t * l.width_in);
+    sums[0] = arena.take<float>(t * l.width_out);
+    sums[1] = arena.take<float>(t * l.width_out);
+    first = arena.take<uint8_t>(t * l.width_in * 2);
+    activations = arena.take<uint8_t>(t * l.width_in * 2);
+    unit[0] = arena.take<float>(t);
+    unit[1] = arena.take<float>(t);
+    z = arena.take<float>(t * l.z_stride);
+    scores = arena.take<float>(l.slots);
+  }
+};
+
+// What waits between the two phases of a chunk.
+struct Reads {
+  uint16_t* codes;  // [chunk][slots]
+  void* scores;     // [chunk][slots] uint8 for int8 tables, else float
+  float* steps;     // [chunk], int8 only
+};
+
+void hash_token(const Kernels& k, const Layer& l, const float* z, int64_t token, float* scratch, const Reads& reads) {
+  uint16_t* codes = reads.codes + token * l.slots;
+  if (l.h.table_type == TableType::kInt8) {
+    k.hash(l, z, codes, scratch);
+    reads.steps[token] = k.quantise_scores(l, scratch, codes, static_cast<uint8_t*>(reads.scores) + token * l.slots);
+  } else {
+    k.hash(l, z, codes, static_cast<float*>(reads.scores) + token * l.slots);
+  }
+}
+
+}  // namespace
+
+void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, const Tiling& tiling, const Threads& threads) {
+  if (tokens == 0) return;
+  const int tile = std::max(1, std::min({tiling.tile_tokens, kMaxTile, int(std::min<int64_t>(tokens, kMaxTile))}));
+  const int pass = std::max(1, std::min(tiling.groups_a_pass, l.groups));
+  const bool serial = threads.count <= 1 || tokens <= tiling.serial_tokens;
+  const auto run = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+    const auto guarded = [&](int64_t begin, int64_t end) {
+      FloatState state;
+      body(begin, end);
+    };
+    if (serial || n == 1)
+      guarded(0, n);
+    else
+      threads.run(n, guarded);
+  };
+
+  const int64_t chunk = std::min(tokens, kChunk);
+  const size_t slots = size_t(chunk) * l.slots;
+  const size_t score_bytes = l.h.table_type == TableType::kInt8 ? 1 : 4;
+  shared_arena.reserve(slots * (2 + score_bytes) + chunk * 4 + size_t(tile) * l.z_stride * 4 + 8 * 128);
+  const Reads reads = {shared_arena.take<uint16_t>(slots), shared_arena.take<uint8_t>(slots * score_bytes),
+                       shared_arena.take<float>(chunk)};
+  float* const shared_z = shared_arena.take<float>(size_t(tile) * l.z_stride);
+
+  for (int64_t start = 0; start < tokens; start += chunk) {
+    const int64_t count = std::min(chunk, tokens - start);
+    const int64_t tiles = (count + tile - 1) / tile;
+
+    // Phase 1: codes and scores. One tile alone is shared out by repeats, whose z is then hashed here.
+    if (!serial && tiles == 1 && l.h.repeats > 1) {
+      run(l.h.repeats, [&](int64_t first, int64_t last) {
+        TileScratch s(tile_arena, l, tile);
+        k.project(l, x, start, int(count), int(first), int(last), shared_z, s);
+      });
+      run(1, [&](int64_t, int64_t) {
+        TileScratch s(tile_arena, l, tile);
+        for (int64_t t = 0; t < count; t++) hash_token(k, l, shared_z + t * l.z_stride, t, s.scores, reads);
+      });
+    } else {
+      run(tiles, [&](int64_t first, int64_t last) {
+        TileScratch s(tile_arena, l, tile);
+        for (int64_t i = first; i < last; i++) {
+          const int in_tile = int(std::min<int64_t>(tile, count - i * tile));
+          k.project(l, x, start + i * tile, in_tile, 0, l.h.repeats, s.z, s);
+          for (int t = 0; t < in_tile; t++) hash_token(k, l, s.z + size_t(t) * l.z_stride, i * tile + t, s.scores, reads);
+        }
+      });
+    }
+
+    // Phase 2: the gather. A thread keeps to few slices, so that their rows are fetched into one L2 only; where there
+    // are fewer slices than threads, tokens are split too.
+    const int64_t parts = serial ? 1 : std::max<int64_t>(1, std::min<int64_t>(count, (threads.count + l.slices - 1) / l.slices));
+    const int64_t part = (count + parts - 1) / parts;
+    run(l.slices * parts, [&](int64_t first, int64_t last) {
+      const bool one_pass = pass >= l.groups;
+      if (!one_pass) sums_arena.reserve(size_t(part) * kSlice * 4 + 128);
+      float* const sums = one_pass ? nullptr : sums_arena.take<float>(part * kSlice);
+      for (int64_t unit = first; unit < last; unit++) {
+        const int64_t begin = unit % parts * part, end = std::min(count, begin + part);
+        for (int g = 0; g < l.groups && begin < end; g += pass)
+          k.gather(l, int(unit / parts), g, std::min(g + pass, l.groups), begin, end, reads.codes, reads.scores,
+                   reads.steps, sums, y, start, tiling.prefetch);
+      }
+    });
+  }
+}
+
+}  // namespace lookupffn

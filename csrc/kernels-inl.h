@@ -1,0 +1,520 @@
+// The loops of the engine, written once over the 16-lane shim that was included before this file.
+//
+// project  bound by multiply-adds: kTileTokens x kTilePanels sums stay in registers, a weight is loaded once a tile
+// hash     bound by the arithmetic of one exp a bit; no fused multiply-add, so that every implementation agrees bit for bit
+// gather   bound by the rows' way from L2: one slice of a row is one to four cache lines, a slice of some tables stays in L2
+//
+// In the integer paths (int8 and int16 weights, int8 tables) every rounding is written out and sums are exact, so codes
+// and outputs are the same bits on every instruction set.
+
+// ---- Projection ------------------------------------------------------------------------------------------------------
+
+template <WeightType kType>
+struct Product;  // sums of 16 outputs over words of the packed weights
+
+template <>
+struct Product<WeightType::kFloat32> {
+  typedef f32x16 Sum;
+  static LOOKUPFFN_INLINE Sum start(const int32_t*) { return zero_f32(); }
+  static LOOKUPFFN_INLINE Sum step(Sum sum, bytes64 x, bytes64 w) { return dot_f32(sum, x, w); }
+  static LOOKUPFFN_INLINE f32x16 finish(Sum sum, const float*) { return sum; }
+};
+
+template <>
+struct Product<WeightType::kInt16> {
+  typedef i32x16 Sum;
+  static LOOKUPFFN_INLINE Sum start(const int32_t*) { return zero_i32(); }
+  static LOOKUPFFN_INLINE Sum step(Sum sum, bytes64 x, bytes64 w) { return dot2_i16(sum, x, w); }
+  static LOOKUPFFN_INLINE f32x16 finish(Sum sum, const float* scales) { return mul(to_float(sum), load(scales)); }
+};
+
+template <>
+struct Product<WeightType::kInt8> {
+  typedef i32x16 Sum;
+  static LOOKUPFFN_INLINE Sum start(const int32_t* sums) {  // activations come as q + kActivationOffset
+    return sub(zero_i32(), mul_i32(load(sums), set1((int32_t)kActivationOffset)));
+  }
+  static LOOKUPFFN_INLINE Sum step(Sum sum, bytes64 x, bytes64 w) { return dot4_u8i8(sum, x, w); }
+  static LOOKUPFFN_INLINE f32x16 finish(Sum sum, const float* scales) { return mul(to_float(sum), load(scales)); }
+};
+
+// kTokens x kPanels sums of `words` steps. x rows are x_bytes apart, panels 64 * words bytes.
+template <WeightType kType, int kTokens, int kPanels>
+LOOKUPFFN_INLINE void multiply_tile(const uint8_t* x, size_t x_bytes, const uint8_t* w, const float* scales,
+                                    const int32_t* weight_sums, int words, float* y, size_t y_stride) {
+  typedef Product<kType> P;
+  typename P::Sum sum[kTokens][kPanels];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPanels; p++) {
+    typename P::Sum start = P::start(weight_sums + 16 * p);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; t++) sum[t][p] = start;
+  }
+  for (int k = 0; k < words; k++) {
+    bytes64 weight[kPanels];
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; p++) weight[p] = load_bytes(w + ((size_t)p * words + k) * 64);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; t++) {
+      bytes64 activation = broadcast_word(x + t * x_bytes + 4 * (size_t)k);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; p++) sum[t][p] = P::step(sum[t][p], activation, weight[p]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; t++)
+#pragma GCC unroll 8
+    for (int p = 0; p < kPanels; p++) store(y + t * y_stride + 16 * p, P::finish(sum[t][p], scales + 16 * p));
+}
+
+template <WeightType kType, int kPanels>
+LOOKUPFFN_INLINE void multiply_panels(const uint8_t* x, size_t x_bytes, const uint8_t* w, const float* scales,
+                                      const int32_t* weight_sums, int words, float* y, size_t y_stride, int tokens) {
+  int t = 0;
+  for (; t + kTileTokens <= tokens; t += kTileTokens)
+    multiply_tile<kType, kTileTokens, kPanels>(x + t * x_bytes, x_bytes, w, scales, weight_sums, words,
+                                               y + t * y_stride, y_stride);
+  if (kTileTokens > 4 && t + 4 <= tokens) {
+    multiply_tile<kType, 4, kPanels>(x + t * x_bytes, x_bytes, w, scales, weight_sums, words, y + t * y_stride, y_stride);
+    t += 4;
+  }
+  if (kTileTokens > 2 && t + 2 <= tokens) {
+    multiply_tile<kType, 2, kPanels>(x + t * x_bytes, x_bytes, w, scales, weight_sums, words, y + t * y_stride, y_stride);
+    t += 2;
+  }
+  for (; t < tokens; t++)
+    multiply_tile<kType, 1, kPanels>(x + t * x_bytes, x_bytes, w, scales, weight_sums, words, y + t * y_stride, y_stride);
+}
+
+// One stage, one repeat: y = blockdiag(W) x for a tile of tokens. `stage` counts stages over all repeats.
+template <WeightType kType>
+static void multiply(const Layer& l, int stage, const uint8_t* x, int tokens, float* y) {
+  const size_t element = kType == WeightType::kFloat32 ? 4 : kType == WeightType::kInt16 ? 2 : 1;
+  const int words = l.h.block_in * (int)element / 4, panels = l.h.block_out / 16;
+  const size_t x_bytes = (size_t)l.width_in * element, panel_bytes = (size_t)words * 64;
+  for (int n = 0; n < l.h.blocks; n++) {
+    const uint8_t* x_block = x + (size_t)n * words * 4;
+    const size_t first = (size_t)stage * l.width_out + (size_t)n * l.h.block_out;  // output of all stages
+    const uint8_t* w = l.weights + first / 16 * panel_bytes;
+    int p = 0;
+    for (; p + kTilePanels <= panels; p += kTilePanels)
+      multiply_panels<kType, kTilePanels>(x_block, x_bytes, w + p * panel_bytes, l.weight_scales + first + 16 * p,
+                                          l.weight_sums + first + 16 * p, words, y + (size_t)n * l.h.block_out + 16 * p,
+                                          l.width_out, tokens);
+    for (; p < panels; p++)
+      multiply_panels<kType, 1>(x_block, x_bytes, w + p * panel_bytes, l.weight_scales + first + 16 * p,
+                                l.weight_sums + first + 16 * p, words, y + (size_t)n * l.h.block_out + 16 * p,
+                                l.width_out, tokens);
+  }
+}
+
+// One radix-2^kLevels pass of the unnormalised Walsh-Hadamard transform over blocks of `block` floats, `step` blocks apart, in place.
+template <int kLevels>
+static i32x16 butterfly_pass(float* y, int blocks, size_t block, int step) {
+  constexpr int kRadix = 1 << kLevels;
+  i32x16 largest = zero_i32();
+  for (int high = 0; high < blocks; high += kRadix * step)
+    for (int low = 0; low < step; low++) {
+      float* first = y + (size_t)(high + low) * block;
+      for (size_t i = 0; i < block; i += 16) {
+        f32x16 v[kRadix];
+#pragma GCC unroll 8
+        for (int j = 0; j < kRadix; j++) v[j] = load(first + (size_t)j * step * block + i);
+#pragma GCC unroll 3
+        for (int h = 1; h < kRadix; h *= 2)
+#pragma GCC unroll 8
+          for (int j = 0; j < kRadix; j++)
+            if (!(j & h)) {
+              f32x16 a = v[j], b = v[j + h];
+              v[j] = add(a, b);
+              v[j + h] = sub(a, b);
+            }
+#pragma GCC unroll 8
+        for (int j = 0; j < kRadix; j++) {
+          largest = max(largest, abs_bits(v[j]));
+          store(first + (size_t)j * step * block + i, v[j]);
+        }
+      }
+    }
+  return largest;
+}
+
+// H_n across the blocks of one token; returns the bits of the largest |y|, infinity and NaN being the largest.
+static int32_t butterflies(float* y, int blocks, size_t block) {
+  i32x16 largest = zero_i32();
+  if (blocks == 1)
+    for (size_t i = 0; i < block; i += 16) largest = max(largest, abs_bits(load(y + i)));
+  int step = 1;
+  for (; blocks / step >= 8; step *= 8) largest = butterfly_pass<3>(y, blocks, block, step);
+  if (blocks / step == 4) largest = butterfly_pass<2>(y, blocks, block, step);
+  if (blocks / step == 2) largest = butterfly_pass<1>(y, blocks, block, step);
+  return reduce_max(largest);
+}
+
+struct Step {
+  float per_unit;  // quantised = round(value * per_unit)
+  float unit;      // value ~ quantised * unit; NaN where a value is not finite
+};
+
+LOOKUPFFN_INLINE Step quantisation_step(int32_t largest_bits, float levels) {
+  float largest;
+  __builtin_memcpy(&largest, &largest_bits, 4);
+  if (largest_bits >= 0x7f800000) return {0.0f, __builtin_nanf("")};
+  if (largest < 1e-30f) return {0.0f, 0.0f};  // the reciprocal would overflow
+  return {levels / largest, largest / levels};
+}
+
+static void quantise(WeightType type, const float* values, int width, float per_unit, uint8_t* out) {
+  const f32x16 factor = set1(per_unit);
+  if (type == WeightType::kInt8) {
+    const i32x16 offset = set1((int32_t)128);
+    for (int i = 0; i < width; i += 16) store_u8(out + i, add(round_to_int(mul(load(values + i), factor)), offset));
+  } else {
+    for (int i = 0; i < width; i += 16) store_16(out + 2 * i, round_to_int(mul(load(values + i), factor)));
+  }
+}
+
+static void load_rows(const Rows& x, int64_t token, int tokens, int features, int width, float* out) {
+  for (int t = 0; t < tokens; t++, out += width) {
+    const int64_t start = (token + t) * x.stride;
+    int i = 0;
+    if (x.bfloat16) {
+      const uint16_t* row = (const uint16_t*)x.data + start;
+      for (; i + 16 <= features; i += 16) store(out + i, load_bf16(row + i));
+      for (; i < features; i++) {
+        uint32_t bits = (uint32_t)row[i] << 16;
+        __builtin_memcpy(out + i, &bits, 4);
+      }
+    } else {
+      const float* row = (const float*)x.data + start;
+      for (; i + 16 <= features; i += 16) store(out + i, load(row + i));
+      for (; i < features; i++) out[i] = row[i];
+    }
+    for (; i < width; i++) out[i] = 0.0f;
+  }
+}
+
+// Quantises a tile by each token's largest magnitude; unit[t] becomes what one step is worth, times before[t].
+static void quantise_tile(const Layer& l, const float* values, int tokens, const int32_t* largest, float levels,
+                          const float* before, float* unit, uint8_t* out) {
+  const size_t bytes = (size_t)l.width_in * element_size(l.h.weight_type);
+  for (int t = 0; t < tokens; t++) {
+    Step step = quantisation_step(largest[t], levels);
+    quantise(l.h.weight_type, values + (size_t)t * l.width_in, l.width_in, step.per_unit, out + t * bytes);
+    unit[t] = before ? before[t] * step.unit : step.unit;
+  }
+}
+
+static void project(const Layer& l, Rows x, int64_t token, int tokens, int first, int last, float* z,
+                    const ProjectScratch& s) {
+  const int stages = l.h.stages, width = l.width_in, out = l.width_out;
+  load_rows(x, token, tokens, l.h.in_features, width, s.rows);
+  if (stages == 0) {
+    for (int t = 0; t < tokens; t++)
+      __builtin_memcpy(z + (size_t)t * l.z_stride, s.rows + (size_t)t * width, sizeof(float) * width);
+    return;
+  }
+  const bool integer = l.h.weight_type != WeightType::kFloat32;
+  int32_t largest_x[kMaxTile], largest[kMaxTile];
+  for (int t = 0; t < tokens && integer; t++) {
+    i32x16 m = zero_i32();
+    for (int i = 0; i < width; i += 16) m = max(m, abs_bits(load(s.rows + (size_t)t * width + i)));
+    largest_x[t] = reduce_max(m);
+  }
+  float levels_of_x = 0;  // to which s.first is quantised
+  for (int r = first; r < last; r++) {
+    float* sums = s.sums[0];
+    for (int stage = 0; stage < stages; stage++) {
+      const int index = r * stages + stage;
+      if (!integer) {
+        const float* input = stage ? sums : s.rows;
+        sums = s.sums[stage & 1];
+        multiply<WeightType::kFloat32>(l, index, (const uint8_t*)input, tokens, sums);
+      } else {
+        const uint8_t* input = stage ? s.activations : s.first;
+        const float levels = l.levels[index];
+        if (stage) {
+          quantise_tile(l, sums, tokens, largest, levels, stage == 1 ? s.unit[0] : s.unit[1], s.unit[1], s.activations);
+        } else if (levels != levels_of_x) {
+          quantise_tile(l, s.rows, tokens, largest_x, levels, nullptr, s.unit[0], s.first);
+          levels_of_x = levels;
+        }
+        if (l.h.weight_type == WeightType::kInt8)
+          multiply<WeightType::kInt8>(l, index, input, tokens, sums);
+        else
+          multiply<WeightType::kInt16>(l, index, input, tokens, sums);
+      }
+      if (l.h.blocks > 1 || (integer && stage + 1 < stages))
+        for (int t = 0; t < tokens; t++) largest[t] = butterflies(sums + (size_t)t * out, l.h.blocks, l.h.block_out);
+    }
+    const float* unit = s.unit[stages > 1];
+    const f32x16 residual = set1(l.h.residual);
+    for (int t = 0; t < tokens; t++) {
+      const f32x16 factor = set1(integer ? l.h.scale * unit[t] : l.h.scale);
+      const float *y = sums + (size_t)t * out, *row = s.rows + (size_t)t * width, *bias = l.code_bias + (size_t)r * out;
+      float* z_row = z + (size_t)t * l.z_stride + (size_t)r * out;
+      if (l.h.residual != 0)
+        for (int i = 0; i < out; i += 16)
+          store(z_row + i, add(add(mul(load(y + i), factor), mul(load(row + i), residual)), load(bias + i)));
+      else
+        for (int i = 0; i < out; i += 16) store(z_row + i, add(mul(load(y + i), factor), load(bias + i)));
+    }
+  }
+}
+
+// ---- Hash ------------------------------------------------------------------------------------------------------------
+
+// exp(-2 m) for m >= 0, 2 ulp; multiply and add apart, so that it is the same bits everywhere.
+LOOKUPFFN_INLINE f32x16 exp_minus_2(f32x16 m) {
+  const f32x16 least = set1(-126.0f);
+  f32x16 t = mul(m, set1(-2.885390081777927f));  // -2 / ln 2
+  t = select(less(t, least), least, t);
+  const i32x16 n = round_to_int(t);
+  const f32x16 f = sub(t, to_float(n));  // in [-1/2, 1/2]
+  f32x16 p = set1(1.535336188319500e-4f);  // 2^f, the polynomial of Cephes' exp2f
+  p = add(mul(p, f), set1(1.339887440266574e-3f));
+  p = add(mul(p, f), set1(9.618437357674640e-3f));
+  p = add(mul(p, f), set1(5.550332471162809e-2f));
+  p = add(mul(p, f), set1(2.402264791363012e-1f));
+  p = add(mul(p, f), set1(6.931472028550421e-1f));
+  p = add(mul(p, f), set1(1.0f));
+  return mul(p, power_of_two(n));
+}
+
+// Sixteen tables of one token: z (16, tau) to `reads` vectors of codes and scores, nearest cell first.
+template <int kBits, int kReads>
+LOOKUPFFN_INLINE void hash_group(const float* z, int code_bits, int tables, uint16_t* codes, float* scores) {
+  const int bits = kBits ? kBits : code_bits;
+  f32x16 v[16];
+#pragma GCC unroll 16
+  for (int t = 0; t < 16; t++) v[t] = load(z + t * bits);  // reads on behind the last table: z has the room
+  transpose(v);                                             // v[j]: bit j of sixteen tables
+
+  const f32x16 infinity = set1(__builtin_inff()), zero = zero_f32(), one = set1(1.0f);
+  f32x16 total = zero, product = one;      // sum_j m_j, prod_j (1 + exp(-2 m_j))
+  f32x16 least[3] = {infinity, infinity, infinity};  // the smallest m, in order; a tie goes to the bit that comes first
+  i32x16 least_bit[3] = {zero_i32(), zero_i32(), zero_i32()};
+  i32x16 code = zero_i32();
+#pragma GCC unroll 16
+  for (int j = 0; j < bits; j++) {
+    const i32x16 bit = set1((int32_t)(1 << (bits - 1 - j)));
+    const f32x16 m = abs(v[j]);
+    code = bit_or(code, select(less(zero, v[j]), bit, zero_i32()));
+    total = add(total, m);
+    product = mul(product, add(one, exp_minus_2(m)));
+    if (kReads > 1) {  // insert m into the sorted smallest
+      f32x16 value = m;
+      i32x16 value_bit = bit;
+      for (int k = 0; k < kReads - 1; k++) {
+        const mask16 smaller = less(value, least[k]);
+        const f32x16 displaced = select(smaller, least[k], value);
+        const i32x16 displaced_bit = select(smaller, least_bit[k], value_bit);
+        least[k] = select(smaller, value, least[k]);
+        least_bit[k] = select(smaller, value_bit, least_bit[k]);
+        value = displaced;
+        value_bit = displaced_bit;
+      }
+    }
+  }
+
+  const i32x16 lane = load(kLaneIndex);
+  const mask16 valid = less(lane, set1((int32_t)tables));
+  store_16(codes, select(valid, code, zero_i32()));
+  store(scores, select(valid, div(total, product), zero));
+  if (kReads == 1) return;
+  if (kReads == 4) {  // the fourth cell flips the third bit, or the first two where those cost no more
+    const f32x16 pair = add(least[0], least[1]);
+    const mask16 third = less(least[2], pair);
+    least_bit[2] = select(third, least_bit[2], bit_or(least_bit[0], least_bit[1]));
+    least[2] = select(third, least[2], pair);
+  }
+  for (int n = 1; n < kReads; n++) {
+    const f32x16 cost = least[n - 1];
+    const f32x16 score = div(mul(sub(total, add(cost, cost)), exp_minus_2(cost)), product);
+    store_16(codes + 16 * n, select(valid, bit_xor(code, least_bit[n - 1]), zero_i32()));
+    store(scores + 16 * n, select(valid, score, zero));
+  }
+}
+
+template <int kReads>
+LOOKUPFFN_INLINE void hash_groups(const Layer& l, const float* z, uint16_t* codes, float* scores) {
+  const int bits = l.h.code_bits;
+  for (int g = 0; g < l.groups; g++) {
+    const int tables = l.h.num_tables - 16 * g;
+    const float* z_group = z + (size_t)g * 16 * bits;
+    const size_t slot = (size_t)g * 16 * kReads;
+    if (bits == 8)
+      hash_group<8, kReads>(z_group, bits, tables, codes + slot, scores + slot);
+    else
+      hash_group<0, kReads>(z_group, bits, tables, codes + slot, scores + slot);
+  }
+}
+
+static void hash(const Layer& l, const float* z, uint16_t* codes, float* scores) {
+  switch (l.h.reads) {
+    case 1: return hash_groups<1>(l, z, codes, scores);
+    case 2: return hash_groups<2>(l, z, codes, scores);
+    case 3: return hash_groups<3>(l, z, codes, scores);
+    default: return hash_groups<4>(l, z, codes, scores);
+  }
+}
+
+// Scores of a token as integers of 0 to 127, in steps of its largest score times table scale: returns the step.
+static float quantise_scores(const Layer& l, float* scores, uint16_t* codes, uint8_t* quantised) {
+  const int reads = l.h.reads;
+  i32x16 largest = zero_i32();
+  for (int g = 0, slot = 0; g < l.groups; g++)
+    for (int n = 0; n < reads; n++, slot += 16) {
+      const f32x16 s = mul(load(scores + slot), load(l.table_scales + 16 * g));
+      store(scores + slot, s);
+      largest = max(largest, abs_bits(s));
+    }
+  const Step step = quantisation_step(reduce_max(largest), 127.0f);
+  const f32x16 factor = set1(step.per_unit);
+  for (int slot = 0; slot < l.slots; slot += 16) store_u8(quantised + slot, round_to_int(abs(mul(load(scores + slot), factor))));
+  if (l.h.table_rows >> l.h.code_bits == 2) {  // a negative score reads the negated row
+    const i32x16 negated = set1((int32_t)1 << l.h.code_bits);
+    for (int slot = 0; slot < l.slots; slot += 16) {
+      const i32x16 code = load_u16(codes + slot);
+      store_16(codes + slot, select(less(load(scores + slot), zero_f32()), bit_or(code, negated), code));
+    }
+  }
+  return step.unit;
+}
+
+// ---- Gather ----------------------------------------------------------------------------------------------------------
+
+LOOKUPFFN_INLINE void write_slice(const Layer& l, int slice, const Rows& y, int64_t token, const f32x16 sum[4]) {
+  const int first = slice * kSlice, left = l.h.out_features - first;
+  float out[kSlice];
+  const bool whole = left >= kSlice;
+  const int64_t start = token * y.stride + first;
+  if (y.bfloat16) {
+    uint16_t narrow[kSlice], *row = (uint16_t*)y.data + start;
+    for (int i = 0; i < 4; i++) store_bf16((whole ? row : narrow) + 16 * i, add(sum[i], load(l.bias + first + 16 * i)));
+    if (!whole) __builtin_memcpy(row, narrow, sizeof(uint16_t) * left);
+  } else {
+    float* row = (float*)y.data + start;
+    for (int i = 0; i < 4; i++) store((whole ? row : out) + 16 * i, add(sum[i], load(l.bias + first + 16 * i)));
+    if (!whole) __builtin_memcpy(row, out, sizeof(float) * left);
+  }
+}
+
+struct GatherCall {
+  const uint8_t* tables;  // of this slice
+  int first, last;        // groups
+  int64_t begin, end;
+  const uint16_t* codes;
+  const void* scores;
+  const float* steps;
+  void* sums;
+};
+
+LOOKUPFFN_INLINE int tables_of_group(const Layer& l, int g) {
+  const int left = l.h.num_tables - 16 * g;
+  return left < 16 ? left : 16;
+}
+
+template <bool kPrefetch>
+static void gather_i8(const Layer& l, int slice, const GatherCall& c, const Rows& y, int64_t y_token) {
+  const size_t table_bytes = (size_t)l.h.table_rows * 64;
+  const int reads = l.h.reads;
+  const bool starts = c.first == 0, ends = c.last == l.groups;
+  for (int64_t token = c.begin; token < c.end; token++) {
+    const size_t slot0 = (size_t)token * l.slots + (size_t)c.first * reads * 16;
+    const uint16_t* code = c.codes + slot0;
+    const uint8_t* score = (const uint8_t*)c.scores + slot0;
+    const uint16_t* next = token + 1 < c.end ? code + l.slots : code;
+    int32_t* saved = (int32_t*)c.sums + (token - c.begin) * kSlice;
+    i32x16 sum[4];
+    for (int i = 0; i < 4; i++) sum[i] = starts ? zero_i32() : load(saved + 16 * i);
+    const uint8_t* table = c.tables + (size_t)c.first * 16 * table_bytes;
+    for (int g = c.first; g < c.last; g++, table += 16 * table_bytes) {
+      const int tables = tables_of_group(l, g);
+      for (int n = 0; n < reads; n++, code += 16, score += 16, next += 16) {
+        const uint8_t* base = table;
+        int t = 0;
+        for (; t + 4 <= tables; t += 4, base += 4 * table_bytes) {
+          if (kPrefetch)
+            for (int k = 0; k < 4; k++) prefetch(base + k * table_bytes + (size_t)next[t + k] * 64);
+          dot4_rows(sum, load_bytes(base + (size_t)code[t] * 64), load_bytes(base + table_bytes + (size_t)code[t + 1] * 64),
+                    load_bytes(base + 2 * table_bytes + (size_t)code[t + 2] * 64),
+                    load_bytes(base + 3 * table_bytes + (size_t)code[t + 3] * 64), score + t);
+        }
+        if (t < tables) {  // one to three tables are left; the padded scores are 0, their row any row
+          bytes64 row[4];
+          for (int k = 0; k < 4; k++)
+            row[k] = load_bytes(t + k < tables ? base + k * table_bytes + (size_t)code[t + k] * 64 : base);
+          dot4_rows(sum, row[0], row[1], row[2], row[3], score + t);
+        }
+      }
+    }
+    if (!ends) {
+      for (int i = 0; i < 4; i++) store(saved + 16 * i, sum[i]);
+    } else {
+      f32x16 out[4];
+      for (int i = 0; i < 4; i++) out[i] = mul(to_float(sum[i]), set1(c.steps[token]));
+      write_slice(l, slice, y, y_token + token, out);
+    }
+  }
+}
+
+template <TableType kType, bool kPrefetch>
+static void gather_float(const Layer& l, int slice, const GatherCall& c, const Rows& y, int64_t y_token) {
+  const size_t row_bytes = l.slice_bytes, table_bytes = l.h.table_rows * row_bytes;
+  const int reads = l.h.reads;
+  const bool starts = c.first == 0, ends = c.last == l.groups;
+  for (int64_t token = c.begin; token < c.end; token++) {
+    const size_t slot0 = (size_t)token * l.slots + (size_t)c.first * reads * 16;
+    const uint16_t* code = c.codes + slot0;
+    const float* score = (const float*)c.scores + slot0;
+    const uint16_t* next = token + 1 < c.end ? code + l.slots : code;
+    float* saved = (float*)c.sums + (token - c.begin) * kSlice;
+    f32x16 sum[4];
+    for (int i = 0; i < 4; i++) sum[i] = starts ? zero_f32() : load(saved + 16 * i);
+    const uint8_t* table = c.tables + (size_t)c.first * 16 * table_bytes;
+    for (int g = c.first; g < c.last; g++, table += 16 * table_bytes) {
+      const int tables = tables_of_group(l, g);
+      for (int n = 0; n < reads; n++, code += 16, score += 16, next += 16) {
+        const uint8_t* base = table;
+        for (int t = 0; t < tables; t++, base += table_bytes) {
+          const uint8_t* row = base + code[t] * row_bytes;
+          const f32x16 s = set1(score[t]);
+          if (kPrefetch)
+            for (size_t line = 0; line < row_bytes; line += 64) prefetch(base + next[t] * row_bytes + line);
+          if (kType == TableType::kFloat32) {
+            for (int i = 0; i < 4; i++) sum[i] = fma(s, load((const float*)row + 16 * i), sum[i]);
+          } else {
+            const bytes64 a = load_bytes(row), b = load_bytes(row + 64);
+            sum[0] = fma(s, low_bf16(a), sum[0]);
+            sum[1] = fma(s, high_bf16(a), sum[1]);
+            sum[2] = fma(s, low_bf16(b), sum[2]);
+            sum[3] = fma(s, high_bf16(b), sum[3]);
+          }
+        }
+      }
+    }
+    if (ends)
+      write_slice(l, slice, y, y_token + token, sum);
+    else
+      for (int i = 0; i < 4; i++) store(saved + 16 * i, sum[i]);
+  }
+}
+
+static void gather(const Layer& l, int slice, int first, int last, int64_t begin, int64_t end, const uint16_t* codes,
+                   const void* scores, const float* steps, void* sums, Rows y, int64_t y_token, bool ahead) {
+  const size_t slice_bytes = (size_t)l.h.num_tables * l.h.table_rows * l.slice_bytes;
+  const GatherCall call = {l.tables + slice * slice_bytes, first, last, begin, end, codes, scores, steps, sums};
+  switch (l.h.table_type) {
+    case TableType::kInt8:
+      return ahead ? gather_i8<true>(l, slice, call, y, y_token) : gather_i8<false>(l, slice, call, y, y_token);
+    case TableType::kBFloat16:
+      return ahead ? gather_float<TableType::kBFloat16, true>(l, slice, call, y, y_token)
+                   : gather_float<TableType::kBFloat16, false>(l, slice, call, y, y_token);
+    default:
+      return ahead ? gather_float<TableType::kFloat32, true>(l, slice, call, y, y_token)
+                   : gather_float<TableType::kFloat32, false>(l, slice, call, y, y_token);
+  }
+}
+
+static const Kernels kKernels = {LOOKUPFFN_NAME, project, hash, quantise_scores, gather};

@@ -1,0 +1,45 @@
+// One implementation of the kernels is one struct of function pointers. They take raw pointers and the caller's
+// buffers, start no thread and allocate nothing; engine.cpp calls them on ranges of tokens.
+#pragma once
+
+#include "layer.h"
+
+namespace lookupffn {
+
+constexpr int kMaxTile = 96;  // tokens
+constexpr int32_t kLaneIndex[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Rows of x or y, float32 or bfloat16, `stride` elements apart.
+struct Rows {
+  void* data;
+  int64_t stride;
+  bool bfloat16;
+};
+
+struct ProjectScratch {  // for a tile of tokens
+  float* rows;           // [tile][width_in] x in float32, padded with zeros
+  float* sums[2];        // [tile][width_out]
+  uint8_t* first;        // [tile][width_in * 2] the quantised x
+  uint8_t* activations;  // [tile][width_in * 2] the quantised input of a stage
+  float* unit[2];        // [tile] what one step of the quantised x, of a stage's input is worth
+};
+
+struct Kernels {
+  const char* name;
+
+  // z of `tokens` tokens for the repeats [first, last): reference.bh4 or a dense product, plus the bias.
+  void (*project)(const Layer&, Rows x, int64_t token, int tokens, int first, int last, float* z, const ProjectScratch&);
+
+  // One token: codes and scores [slots] from z, reference.sign_codes, sign_score, nearest_cells. Padding scores 0.
+  void (*hash)(const Layer&, const float* z, uint16_t* codes, float* scores);
+
+  // One token, int8 tables: scores times the tables' scales to integers of 0 to 127, a sign to the code; the step.
+  float (*quantise_scores)(const Layer&, float* scores, uint16_t* codes, uint8_t* quantised);
+
+  // Tokens [begin, end), outputs of one slice, tables of groups [first, last): reference.gather. Sums of 64 a token go
+  // through `sums` from one call to the next; the call with the last group writes y.
+  void (*gather)(const Layer&, int slice, int first, int last, int64_t begin, int64_t end, const uint16_t* codes,
+                 const void* scores, const float* steps, void* sums, Rows y, int64_t y_token, bool prefetch);
+};
+
+}  // namespace lookupffn

@@ -1,0 +1,233 @@
+"""Inference on the CPU: ``prepare`` turns trained lookup layers into their packed, quantised, fast form.
+
+A prepared layer holds one vector of bytes (``packed.py``) and calls one operator on it, ``lookupffn::prepared``, which
+the compiled kernels in ``csrc/`` provide. Without them the same arithmetic runs in plain torch, slowly, and says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lookupffn import hardware, native, ops
+from lookupffn.checkpoint import atomic_replace
+from lookupffn.layer import LookupConfig, LookupFFN
+from lookupffn.packed import PackedError, aligned_bytes, check, pack, packed_forward, read_header, unpack
+from lookupffn.tiling import Tiling, choose_tiling
+
+FILE_FORMAT = "lookupffn-packed"
+FILE_VERSION = "1"
+PROJECTION_DTYPES = {"int8": "int8", "bfloat16": "int16", "float32": "float32"}  # what goes with each dtype of tables
+
+if native.available():
+
+    @torch.library.register_fake("lookupffn::prepared")
+    def _(x, packed, out_features, tile_tokens, groups_a_pass, prefetch, serial_tokens, isa):
+        return x.new_empty(x.shape[0], out_features)
+
+    def _no_backward(ctx, grad):
+        raise RuntimeError(
+            "a prepared layer has no backward pass: train the layer that it was prepared from, or run this one under "
+            "torch.no_grad()"
+        )
+
+    torch.library.register_autograd("lookupffn::prepared", _no_backward)
+
+
+class PreparedLookupFFN(nn.Module):
+    """A lookup layer ready for inference on the CPU: ``x (..., in_features)`` to ``(..., out_features)``.
+
+    The function of the :class:`LookupFFN` that it was prepared from, up to the rounding of the chosen types: int8
+    tables keep every entry within half a step of its value, ``max |table| / 254``, and weigh rows by scores in steps
+    of a 127th of the token's largest; codes differ only where ``|z|`` is below the error of the quantised projection.
+    The result for a token does not depend on the rest of the batch, on the number of threads or, with integer tables
+    and projection, on the processor's instruction set: bit for bit. Input in float32 or bfloat16, output in the same;
+    float64 and float16 pass through float32. No backward pass.
+
+    Buffers: ``packed``, uint8: self-describing bytes (docs/format.md). Made by :func:`prepare` or :func:`load_packed`.
+
+    Raises:
+        PackedError: ``packed`` is damaged, or not the form of a layer with this ``config``.
+        ValueError: the last dimension of an input is not ``in_features``.
+    """
+
+    def __init__(self, config: LookupConfig, packed: Tensor, tiling: Tiling | None = None):
+        super().__init__()
+        header = check(packed)
+        for name in ("in_features", "out_features", "num_tables", "code_bits", "reads"):
+            if header[name] != getattr(config, name):
+                raise PackedError(
+                    f"{name} is {header[name]} in the packed layer and {getattr(config, name)} in its config"
+                )
+        self.config = config
+        self.register_buffer("packed", packed)
+        self.tiling = tiling or Tiling()
+        self.weight_dtype, self.table_dtype = header["weight_dtype"], header["table_dtype"]
+        self._unpacked = None
+        native.implementation()  # a wrong LOOKUPFFN_ISA is an error here, not in the middle of a model
+        if not native.available():
+            native.warn_if_absent()
+            self._unpacked = unpack(packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.config
+        if x.dim() < 1 or x.shape[-1] != c.in_features:
+            raise ValueError(f"the last dimension of x must be in_features = {c.in_features}; x is {list(x.shape)}")
+        rows = x.reshape(-1, c.in_features)
+        if rows.dtype not in (torch.float32, torch.bfloat16):
+            rows = rows.float()
+        if self._unpacked is not None:
+            y = packed_forward(self._unpacked, rows.float())
+        else:
+            t = self.tiling
+            y = torch.ops.lookupffn.prepared(
+                rows, self.packed, c.out_features, t.tile_tokens, t.groups_a_pass, t.prefetch, t.serial_tokens, ""
+            )
+        return y.to(x.dtype).reshape(*x.shape[:-1], c.out_features)
+
+    def flops(self, tokens: int) -> int:
+        """Operations of a forward pass, two a multiply-add, as :meth:`LookupFFN.flops` counts them."""
+        c, h = self.config, read_header(self.packed)
+        projection = h["repeats"] * h["stages"] * h["blocks"] * h["block_in"] * h["block_out"]
+        return 2 * tokens * projection + ops.gather_flops(tokens, (c.num_tables, c.num_rows, c.out_features), c.reads)
+
+    def bytes_read(self, tokens: int) -> int:
+        """Bytes of parameters that a forward pass over ``tokens`` tokens reads: all but the tables once, then rows."""
+        c, h = self.config, read_header(self.packed)
+        rows = h["num_tables"] * h["table_rows"]
+        row_bytes = h["section_bytes"]["tables"] // rows
+        return h["total_bytes"] - h["section_bytes"]["tables"] + tokens * c.num_tables * c.reads * row_bytes
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return (
+            f"{c.in_features}, {c.out_features}, num_tables={c.num_tables}, code_bits={c.code_bits}, reads={c.reads}, "
+            f"tables={self.table_dtype}, projection={self.weight_dtype}"
+        )
+
+
+def prepare(
+    module: nn.Module,
+    dtype: str = "int8",
+    *,
+    projection_dtype: str | None = None,
+    inplace: bool = False,
+    tune: bool = True,
+) -> nn.Module:
+    """The fast form of a trained :class:`LookupFFN`, or of a model with every lookup layer in it prepared.
+
+    ``dtype`` is that of the tables: ``"int8"``, ``"bfloat16"`` or ``"float32"``. ``projection_dtype`` is ``"int8"``,
+    ``"int16"`` (twice the bytes and time of int8, a tenth of its error) or ``"float32"``; by default int8 with int8
+    tables, int16 with bfloat16 and float32 with float32. With ``inplace`` the model's layers are replaced, without it
+    the model is copied, all but its lookup layers. ``tune`` times a few tilings on this machine, a tenth of a second
+    the first time a shape is met, and keeps the choice in ``$LOOKUPFFN_CACHE``; results do not depend on it.
+
+    Inside a container with a CPU quota torch's threads are limited to the quota, unless they were set by hand.
+
+    Raises:
+        ValueError: no lookup layer in ``module``, an unknown dtype, or parameters that are not finite.
+    """
+    projection_dtype = projection_dtype or PROJECTION_DTYPES.get(dtype, dtype)
+    hardware.respect_quota()
+
+    def prepared(layer: LookupFFN) -> PreparedLookupFFN:
+        if layer.tables.device.type != "cpu":
+            raise ValueError(
+                f"the layer is on {layer.tables.device}: a prepared layer runs on the CPU, move the model there"
+            )
+        packed = pack(layer, dtype, projection_dtype)
+        return PreparedLookupFFN(layer.config, packed, choose_tiling(layer.config, packed) if tune else None)
+
+    return _replace_layers(module, {name: prepared for name, _ in lookup_layers(module)}, inplace)
+
+
+def lookup_layers(module: nn.Module) -> list[tuple[str, LookupFFN]]:
+    """Names and lookup layers in ``module``; the name is ``""`` for ``module`` itself. Raises ValueError if none."""
+    found = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LookupFFN)]
+    if not found:
+        raise ValueError(
+            f"{type(module).__name__} holds no LookupFFN layer (one that is prepared already does not count)"
+        )
+    return found
+
+
+def _replace_layers(module: nn.Module, make: dict, inplace: bool) -> nn.Module:
+    replacements = {name: make[name](layer) for name, layer in lookup_layers(module)}
+    if "" in replacements:
+        return replacements[""]
+    if not inplace:  # the copy takes the new layers where the old ones were, so their tables are never copied
+        memo = {id(module.get_submodule(name)): layer for name, layer in replacements.items()}
+        return copy.deepcopy(module, memo)
+    for name, layer in replacements.items():
+        module.set_submodule(name, layer)
+    return module
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def save_packed(module: nn.Module, path: str | Path) -> None:
+    """Writes every prepared layer in ``module`` to one safetensors file, atomically (docs/format.md).
+
+    Raises:
+        ValueError: ``module`` holds no prepared layer.
+    """
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, PreparedLookupFFN)}
+    if not layers:
+        raise ValueError(f"{type(module).__name__} holds no prepared layer: call prepare first")
+    configs = json.dumps({name: layer.config.to_dict() for name, layer in layers.items()})
+    metadata = {"format": FILE_FORMAT, "version": FILE_VERSION, "configs": configs}
+    tensors = {f"{name}.packed" if name else "packed": layer.packed for name, layer in layers.items()}
+    with atomic_replace(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_packed(
+    path: str | Path, module: nn.Module | None = None, *, inplace: bool = False, tune: bool = True
+) -> nn.Module:
+    """Reads what :func:`save_packed` wrote: into the lookup layers of ``module``, or a single layer without one.
+
+    The layers of ``module`` are replaced; they may be on the meta device. Bytes are copied to aligned memory.
+
+    Raises:
+        PackedError: the file is no such file, is damaged or of another version, or does not fit ``module``.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FILE_FORMAT or metadata.get("version") != FILE_VERSION:
+                found = f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
+                raise PackedError(f"{path}: {found}, where {FILE_FORMAT!r}, version {FILE_VERSION!r} is needed")
+            configs = {name: LookupConfig(**fields) for name, fields in json.loads(metadata["configs"]).items()}
+            layers = {name: _load_layer(file, name, config, path, tune) for name, config in configs.items()}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, (PackedError, FileNotFoundError)):
+            raise
+        raise PackedError(f"{path} is damaged or no file of packed layers: {error}") from error
+    if module is None:
+        if set(layers) != {""}:
+            raise PackedError(f"{path} holds the layers of a model ({', '.join(layers)}): pass the model as module")
+        return layers[""]
+    wanted = dict(lookup_layers(module))
+    if set(wanted) != set(layers) or any(layer.config != layers[name].config for name, layer in wanted.items()):
+        raise PackedError(
+            f"{path} holds the layers {sorted(layers)}, which are not those of the model, {sorted(wanted)}"
+        )
+    hardware.respect_quota()
+    return _replace_layers(module, {name: lambda _, name=name: layers[name] for name in layers}, inplace)
+
+
+def _load_layer(file, name: str, config: LookupConfig, path: str | Path, tune: bool) -> PreparedLookupFFN:
+    stored = file.get_tensor(f"{name}.packed" if name else "packed")
+    try:
+        check(stored)
+        packed = aligned_bytes(stored.numel()).copy_(stored)
+        return PreparedLookupFFN(config, packed, choose_tiling(config, packed) if tune else None)
+    except PackedError as error:
+        raise PackedError(f"{path}, layer {name!r}: {error}") from error

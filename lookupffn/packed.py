@@ -1,0 +1,393 @@
+"""The packed form of a layer: one vector of bytes that describes itself, quantised and laid out for the kernels.
+
+``pack`` makes it from a trained layer, ``unpack`` reads it back, ``packed_forward`` is what the kernels compute, in
+plain torch. The bytes are the same on every machine; ``docs/format.md`` is their specification.
+
+Differs from the textbook in four ways. The Hadamard of size ``D'`` is ``H_n (x) H_b``: ``H_b`` is multiplied into the
+blocks here, once, and only ``H_n`` is left for run time. Blocks smaller than 16 are merged to blocks of 16, which
+that makes exact. Weights and tables are integers with a scale. Tables are cut into slices of 64 outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lookupffn import native, ops  # noqa: F401  ops registers the operators
+from lookupffn.layer import LookupFFN
+from lookupffn.reference import bh4_matrix, hadamard_matrix
+
+FORMAT_VERSION = 1
+LANES, SLICE = 16, 64
+WEIGHT_TYPES = {"float32": 0, "int16": 1, "int8": 2}
+TABLE_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+_WEIGHT_DTYPES = (torch.float32, torch.int16, torch.int8)
+_TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+SECTIONS = ("weights", "weight_scales", "weight_sums", "levels", "code_bias", "tables", "table_scales", "bias")
+_INTS = (
+    "in_features", "out_features", "num_tables", "code_bits", "reads", "stages", "repeats", "blocks", "block_in",
+    "block_out", "table_rows", "weight_type", "table_type",
+)  # fmt: skip
+HEADER = np.dtype(
+    [("magic", "S8"), ("version", "<u4")]
+    + [(name, "<i4") for name in _INTS]
+    + [("scale", "<f4"), ("residual", "<f4"), ("total_bytes", "<u8"), ("offset", "<u8", (len(SECTIONS),))]
+)
+MAGIC = b"LOOKUPFF"
+HUGE_PAGE = 2 << 20
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+class PackedError(ValueError):
+    """Packed bytes that are damaged, of another version, or not of this format."""
+
+
+def pack(layer: LookupFFN, tables: str = "int8", projection: str = "int8") -> Tensor:
+    """The packed bytes of ``layer``, a uint8 vector in aligned memory.
+
+    ``tables`` is ``"int8"`` (one scale a table, ``max |row| / 127``: each entry within half a step of its value),
+    ``"bfloat16"`` or ``"float32"``. ``projection`` is ``"int8"`` or ``"int16"`` (one scale an output of a block;
+    activations are quantised a token and a stage at a time, by their largest magnitude) or ``"float32"``.
+
+    Raises:
+        ValueError: an unknown type, or parameters that are not finite; the message names them.
+    """
+    if tables not in TABLE_TYPES or projection not in WEIGHT_TYPES:
+        raise ValueError(
+            f"tables must be one of {', '.join(TABLE_TYPES)} and projection one of {', '.join(WEIGHT_TYPES)}, "
+            f"not {tables!r} and {projection!r}"
+        )
+    for name, parameter in layer.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite: this layer cannot be prepared")
+    with torch.no_grad():
+        fields, sections = _projection(layer, projection)
+        table_fields, table_sections = _tables(layer, tables)
+    sizes = ("in_features", "out_features", "num_tables", "code_bits", "reads")
+    fields |= table_fields | {name: getattr(layer.config, name) for name in sizes}
+    return _assemble(fields, sections | table_sections)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _flush(t: Tensor) -> Tensor:
+    """Float32 without denormals: they would cost some processors a hundred cycles each."""
+    t = t.float()
+    return t.where(t.abs() >= SMALLEST_NORMAL, 0.0)
+
+
+# ---- Projection ------------------------------------------------------------------------------------------------------
+
+
+def _projection(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    c = layer.config
+    if c.projection == "none":
+        fields = dict(stages=0, repeats=1, blocks=1, block_in=0, block_out=0, scale=1.0, residual=0.0, weight_type=0)
+        return fields, {}
+    weight = layer.projection.weight.double()
+    if c.projection == "bh4" and c.padded_features < LANES:  # narrower than a vector: the product, as a dense matrix
+        eye = torch.eye(c.padded_features, dtype=weight.dtype)
+        weight = torch.cat([c.decay * bh4_matrix(factors) + (1 - c.decay) * eye for factors in weight])
+        weight = weight[: c.code_features, : c.in_features]
+    if weight.dim() == 2:  # one stage of one block
+        blocks = F.pad(weight, (0, -c.in_features % LANES, 0, -c.code_features % LANES))[None, None, None]
+        scale, residual = 1.0, 0.0
+    else:
+        blocks, scale, residual = _folded_blocks(weight), c.decay, 1 - c.decay
+    repeats, stages, n, block_out, block_in = blocks.shape
+    bias = F.pad(layer.projection.bias.float(), (0, repeats * n * block_out - c.code_features))
+    sections = {"code_bias": bias}
+    if kind == "float32":
+        values = _flush(blocks)
+    else:
+        values, sections["weight_scales"], sections["levels"] = _quantised_weights(blocks, kind)
+        if kind == "int8":
+            sections["weight_sums"] = values.sum(-1, dtype=torch.int32)
+    word = 4 // values.element_size()  # inputs a word
+    sections["weights"] = values.view(repeats, stages, n, block_out // LANES, LANES, block_in // word, word).transpose(
+        4, 5
+    )  # (R, stages, n, panels, words, 16, inputs a word)
+    fields = dict(stages=stages, repeats=repeats, blocks=n, block_in=block_in, block_out=block_out, scale=scale)
+    return fields | dict(residual=residual, weight_type=WEIGHT_TYPES[kind]), sections
+
+
+def _folded_blocks(weight: Tensor) -> Tensor:
+    """``H_b W / sqrt(n)`` for every block: with an unnormalised ``H_n`` across blocks a whole stage of BH4."""
+    repeats, stages, n, b, _ = weight.shape
+    merge = min(n, max(1, LANES // b))
+    merged = weight.new_zeros(repeats, stages, n // merge, merge, b, merge, b)
+    for i in range(merge):
+        merged[:, :, :, i, :, i, :] = weight[:, :, i::merge]
+    n, b = n // merge, b * merge
+    return hadamard_matrix(b, dtype=weight.dtype) @ merged.reshape(repeats, stages, n, b, b) / n**0.5
+
+
+def _quantised_weights(blocks: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Integer weights, the scale of each output (R, stages, n, block_out), the activation levels (R, stages).
+
+    With 16 bits the sum of a block's products must stay below 2**31: weights and activations share what is left.
+    """
+    largest = blocks.abs().amax(-1, keepdim=True)
+    most = 127.0
+    if kind == "int16":
+        ratio = (blocks.abs().sum(-1, keepdim=True) / largest).nan_to_num(1.0).max().clamp(min=1.0).item()
+        most = float(min(32767, int((2**31 / (2 * ratio)) ** 0.5)))
+    # Scales are rounded to float32 first, so that the integers fit the numbers that the kernels multiply by.
+    scales = _flush(largest / most)
+    values = (blocks / scales.double()).nan_to_num(0.0, 0.0, 0.0).round_()
+    levels = torch.full(blocks.shape[:2], 127.0)
+    if kind == "int16":
+        sums = values.abs().sum(-1).flatten(2).amax(-1)
+        levels = ((2**31 - 1) / sums.clamp(min=1.0)).floor().clamp(max=32767.0).float()
+    return values.to(torch.int8 if kind == "int8" else torch.int16), scales.squeeze(-1), levels
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def _tables(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    c = layer.config
+    slices = -(-c.out_features // SLICE)
+    pad = slices * SLICE - c.out_features
+    sections = {"bias": F.pad(layer.bias.float(), (0, pad))}
+    tables = _flush(layer.tables)
+    if kind == "int8":
+        scales = _flush(tables.abs().amax((1, 2)) / 127)
+        tables = (tables / scales[:, None, None]).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
+        sections["table_scales"] = F.pad(scales, (0, -c.num_tables % LANES))
+        if c.reads > 1 and c.code_bits < 3:  # the only codes whose scores may be negative: they read a negated row
+            tables = torch.cat([tables, -tables], 1)
+    elif kind == "bfloat16":
+        tables = tables.bfloat16()
+    rows = F.pad(tables, (0, pad)).view(c.num_tables, tables.shape[1], slices, SLICE)
+    sections["tables"] = _interleave(rows.permute(2, 0, 1, 3))  # (slices, T, rows, 64)
+    return dict(table_rows=tables.shape[1], table_type=TABLE_TYPES[kind]), sections
+
+
+def _interleave(rows: Tensor) -> Tensor:
+    """Slices of 64 outputs in the order in which kernels take them apart.
+
+    int8: byte ``16 L + 4 j + d`` is output ``16 j + 4 L + d``, because four rows are interleaved within 128-bit lanes.
+    bfloat16: the even ones of 32 numbers are outputs 0 to 15, the odd ones 16 to 31. float32: as they are.
+    """
+    if rows.dtype == torch.int8:
+        return rows.unflatten(-1, (4, 4, 4)).transpose(-3, -2).flatten(-3)  # (j, L, d) -> (L, j, d)
+    if rows.dtype == torch.bfloat16:
+        return rows.unflatten(-1, (2, 2, 16)).transpose(-2, -1).flatten(-3)
+    return rows
+
+
+def _deinterleave(rows: Tensor) -> Tensor:
+    if rows.dtype == torch.bfloat16:
+        return rows.unflatten(-1, (2, 16, 2)).transpose(-2, -1).flatten(-3)
+    return _interleave(rows)  # its own inverse for int8
+
+
+# ---- Bytes -----------------------------------------------------------------------------------------------------------
+
+
+def aligned_bytes(size: int) -> Tensor:
+    """A uint8 vector that starts on a cache line; large ones on a huge page, which the system is asked for."""
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)  # torch aligns to 64 bytes
+    region = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones serve too
+        region.madvise(mmap.MADV_HUGEPAGE)
+    start = -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=size)
+
+
+def _assemble(fields: dict, sections: dict[str, Tensor]) -> Tensor:
+    header = np.zeros((), HEADER)
+    header["magic"], header["version"] = MAGIC, FORMAT_VERSION
+    for name, value in fields.items():
+        header[name] = value
+    position = _round_up(HEADER.itemsize, 64)
+    for i, name in enumerate(SECTIONS):
+        header["offset"][i] = position
+        if name in sections:
+            position += _round_up(sections[name].nbytes, 64)
+    header["total_bytes"] = position
+    packed = aligned_bytes(position)
+    packed[: HEADER.itemsize] = torch.frombuffer(bytearray(header.tobytes()), dtype=torch.uint8)
+    for i, name in enumerate(SECTIONS):
+        if name in sections:
+            section, start = sections[name], int(header["offset"][i])
+            packed[start : start + section.nbytes].view(section.dtype).view(section.shape).copy_(section)
+    return packed
+
+
+def read_header(packed: Tensor) -> dict:
+    """The header's fields as numbers, with the shapes, dtypes and bytes of its sections.
+
+    Raises PackedError for bytes that do not begin with this version's header, or whose sizes do not fit each other.
+    """
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() < HEADER.itemsize:
+        raise PackedError(
+            f"a packed layer is a vector of at least {HEADER.itemsize} bytes, not {list(packed.shape)} {packed.dtype}"
+        )
+    header = packed[: HEADER.itemsize].numpy().view(HEADER)[0]
+    if header["magic"] != MAGIC:
+        raise PackedError("it does not begin with LOOKUPFF: these bytes are no packed layer")
+    if header["version"] != FORMAT_VERSION:
+        raise PackedError(
+            f"its format version is {header['version']}, this lookupffn reads {FORMAT_VERSION}: prepare the model again"
+        )
+    h = {name: header[name].item() for name in HEADER.names if name != "offset"}
+    for name, types in (("weight_type", WEIGHT_TYPES), ("table_type", TABLE_TYPES)):
+        if not 0 <= h[name] < len(types):
+            raise PackedError(f"its {name} is {h[name]}, not 0 to {len(types) - 1}")
+        h[name.replace("type", "dtype")] = list(types)[h[name]]
+    if min(h[name] for name in _INTS[:5]) < 1 or min(h[name] for name in _INTS) < 0 or h["code_bits"] > 16:
+        raise PackedError(f"its sizes are out of range: {', '.join(f'{name} {h[name]}' for name in _INTS)}")
+    if h["total_bytes"] != packed.numel():
+        raise PackedError(f"its header says {h['total_bytes']} bytes, but it has {packed.numel()}")
+    h["offset"] = dict(zip(SECTIONS, header["offset"].tolist(), strict=True))
+    h["section_shape"] = _section_shapes(h)
+    h["section_bytes"] = {
+        name: int(np.prod([*shape, dtype.itemsize], dtype=object))
+        for name, (dtype, shape) in h["section_shape"].items()
+    }
+    for name, size in h["section_bytes"].items():
+        start = h["offset"][name]
+        if start % 64 or start + size > packed.numel():
+            raise PackedError(
+                f"its section {name}, {size} bytes from byte {start}, lies outside its {packed.numel()} bytes"
+            )
+    return h
+
+
+def _section_shapes(h: dict) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    stages, integer = (h["repeats"], h["stages"]), h["weight_type"] > 0
+    outputs = (*stages, h["blocks"], h["block_out"])
+    weight_dtype, table_dtype = _WEIGHT_DTYPES[h["weight_type"]], _TABLE_DTYPES[h["table_type"]]
+    slices = -(-h["out_features"] // SLICE)
+    word = 4 // weight_dtype.itemsize
+    shapes = {
+        "tables": (table_dtype, (slices, h["num_tables"], h["table_rows"], SLICE)),
+        "bias": (torch.float32, (slices * SLICE,)),
+    }
+    if h["stages"]:
+        panels = (*stages, h["blocks"], h["block_out"] // LANES, h["block_in"] // word, LANES, word)
+        shapes["weights"] = (weight_dtype, panels)
+        shapes["code_bias"] = (torch.float32, (h["repeats"] * h["blocks"] * h["block_out"],))
+        if integer:
+            shapes |= {"weight_scales": (torch.float32, outputs), "levels": (torch.float32, stages)}
+        if h["weight_dtype"] == "int8":
+            shapes["weight_sums"] = (torch.int32, outputs)
+    if h["table_dtype"] == "int8":
+        shapes["table_scales"] = (torch.float32, (_round_up(h["num_tables"], LANES),))
+    return shapes
+
+
+def check(packed: Tensor) -> dict:
+    """The header of ``packed``, after every check that can be made; raises PackedError with what is wrong."""
+    header = read_header(packed)
+    if native.available() and (wrong := torch.ops.lookupffn.check_packed(packed)):
+        raise PackedError(wrong)
+    return header
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A packed layer as ordinary tensors: the numbers that the kernels compute with, in the reference's shapes."""
+
+    header: dict
+    blocks: Tensor | None  # (R, stages, n, block_out, block_in), integers or float32
+    weight_scales: Tensor | None  # (R, stages, n, block_out)
+    levels: Tensor | None  # (R, stages)
+    code_bias: Tensor | None  # (R * n * block_out)
+    tables: Tensor  # (T, rows, E), integers, bfloat16 or float32
+    table_scales: Tensor | None  # (T)
+    bias: Tensor  # (E)
+
+
+def unpack(packed: Tensor) -> Unpacked:
+    """The tensors in ``packed``. Raises PackedError where its sizes do not fit each other."""
+    h = read_header(packed)
+    sections = dict.fromkeys(SECTIONS)
+    for name, (dtype, shape) in h["section_shape"].items():
+        start = h["offset"][name]
+        sections[name] = packed[start : start + h["section_bytes"][name]].view(dtype).view(shape)
+    weights, table_scales, tables = sections["weights"], sections["table_scales"], sections["tables"]
+    blocks = None
+    if weights is not None:
+        blocks = weights.transpose(4, 5).reshape(*weights.shape[:3], h["block_out"], h["block_in"])
+    return Unpacked(
+        header=h,
+        blocks=blocks,
+        weight_scales=sections["weight_scales"],
+        levels=sections["levels"],
+        code_bias=sections["code_bias"],
+        tables=_deinterleave(tables).permute(1, 2, 0, 3).flatten(2)[..., : h["out_features"]],
+        table_scales=None if table_scales is None else table_scales[: h["num_tables"]],
+        bias=sections["bias"][: h["out_features"]],
+    )
+
+
+# ---- The same in plain torch -----------------------------------------------------------------------------------------
+
+
+def packed_project(u: Unpacked, x: Tensor) -> Tensor:
+    """``z (B, T tau)`` of a packed layer, ``x (B, D)`` float32: what the kernels compute, integers bit for bit.
+
+    Every stage: ``q = round(y levels / max |y|)`` a token, ``y = H_n (scales * (blocks q))``, the steps multiplied up;
+    at last ``z = scale * y * steps + residual * x + bias``. Sums of integers are exact in float64.
+    """
+    h, tokens = u.header, x.shape[0]
+    if u.blocks is None:
+        return x
+    repeats, stages, n, block_out, block_in = u.blocks.shape
+    x = F.pad(x, (0, n * block_in - x.shape[1]))
+    outs = []
+    for r in range(repeats):
+        y, steps = x, torch.ones(tokens, 1)
+        for s in range(stages):
+            if u.levels is not None:
+                largest, levels = y.abs().amax(1, keepdim=True), u.levels[r, s]
+                tiny = largest < 1e-30
+                per_unit = (levels / largest).where(~tiny & largest.isfinite(), 0.0)
+                unit = (largest / levels).where(~tiny, 0.0).where(largest.isfinite(), torch.nan)
+                y, steps = (y.nan_to_num(0.0, 0.0, 0.0) * per_unit).round(), steps * unit if s else unit
+            y = y.view(tokens, n, 1, block_in).double() @ u.blocks[r, s].mT.double()  # (B, n, 1, block_out)
+            y = y.float().view(tokens, n, block_out)
+            if u.weight_scales is not None:
+                y = y * u.weight_scales[r, s]
+            half = 1
+            while half < n:  # the butterflies of H_n, in the order of the kernels
+                a, b = y.view(tokens, -1, 2, half, block_out).unbind(2)
+                y, half = torch.stack([a + b, a - b], 2), 2 * half
+            y = y.reshape(tokens, n * block_out)
+        out = y * (steps * h["scale"])
+        outs.append(out + x * h["residual"] if h["residual"] else out)
+    return (torch.cat(outs, 1) + u.code_bias)[:, : h["num_tables"] * h["code_bits"]]
+
+
+def packed_forward(u: Unpacked, x: Tensor) -> Tensor:
+    """``y (B, E)`` of a packed layer, ``x (B, D)`` float32: the kernels' arithmetic in plain torch.
+
+    int8 tables: scores times table scales become integers of 0 to 127 in steps of the token's largest; sums are exact.
+    """
+    h = u.header
+    z = packed_project(u, x).view(-1, h["num_tables"], h["code_bits"])
+    codes, scores = torch.ops.lookupffn.hash_codes(z, h["reads"])  # (B, T, N)
+    if u.table_scales is None:
+        return torch.ops.lookupffn.gather(u.tables.float(), codes, scores) + u.bias
+    scores = scores * u.table_scales[:, None]
+    largest = scores.abs().amax((1, 2), keepdim=True)
+    tiny = largest < 1e-30
+    per_unit = (127 / largest).where(~tiny & largest.isfinite(), 0.0)
+    steps = (largest / 127).where(~tiny, 0.0).where(largest.isfinite(), torch.nan)
+    quantised = (scores.nan_to_num(0.0, 0.0, 0.0).abs() * per_unit).round()
+    if u.tables.shape[1] != 2 ** h["code_bits"]:
+        codes = codes + (scores < 0) * 2 ** h["code_bits"]
+    sums = torch.ops.lookupffn.gather(u.tables.double(), codes, quantised.double())
+    return sums.float() * steps[:, 0] + u.bias

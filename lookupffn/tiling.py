@@ -1,0 +1,105 @@
+"""How a prepared layer walks through its work: a choice of speed alone, timed once per machine and shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lookupffn import hardware, native
+from lookupffn.checkpoint import atomic_write
+from lookupffn.layer import LookupConfig
+
+TIMED_TOKENS = 256
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Loop sizes of the engine; the result is the same bits for all of them.
+
+    tile_tokens: tokens projected at once, so that their activations stay in L1 and a block's weights are read once.
+    groups_a_pass: groups of 16 tables gathered at once, so that a slice of their rows stays in L2.
+    prefetch: whether the rows of the next token are asked for while this token's are summed.
+    serial_tokens: batches up to this size run on the calling thread alone.
+    """
+
+    tile_tokens: int = 24
+    groups_a_pass: int = 1 << 20
+    prefetch: bool = True
+    serial_tokens: int = 4
+
+
+def cache_file() -> Path:
+    """Where choices are kept: ``tiling.json`` in ``$LOOKUPFFN_CACHE``, else in ``~/.cache/lookupffn``."""
+    return Path(os.environ.get("LOOKUPFFN_CACHE") or "~/.cache/lookupffn").expanduser() / "tiling.json"
+
+
+def choose_tiling(config: LookupConfig, packed: Tensor) -> Tiling:
+    """The fastest of a few tilings for this layer on this machine, from the cache or timed in a tenth of a second.
+
+    A choice is kept for the processor, the implementation, torch's threads and the layer's shape and types. A cache
+    that cannot be read or written is done without.
+    """
+    if not native.available():
+        return Tiling()
+    key = json.dumps(
+        [hardware.cpu_name(), native.implementation(), torch.get_num_threads(), config.to_dict(), packed.numel()]
+    )
+    try:
+        return Tiling(**_read_cache()[key])
+    except (KeyError, TypeError):
+        pass
+    chosen = _timed_choice(config, packed)
+    try:
+        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        known = _read_cache() | {key: dataclasses.asdict(chosen)}
+        atomic_write(cache_file(), json.dumps(known, indent=1) + "\n")
+    except OSError:
+        pass
+    return chosen
+
+
+def _read_cache() -> dict:
+    try:
+        known = json.loads(cache_file().read_text(encoding="utf-8"))
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+@torch.no_grad()
+def _timed_choice(config: LookupConfig, packed: Tensor) -> Tiling:
+    x = torch.randn(TIMED_TOKENS, config.in_features, generator=torch.Generator().manual_seed(0))
+    groups = -(-config.num_tables // 16)
+    passes = sorted({groups, max(1, groups // 2), max(1, groups // 4)}, reverse=True)
+    candidates = [Tiling(tile, p, ahead) for tile in (24, 48) for p in passes for ahead in (True, False)]
+    best = _fastest({t: (t, x) for t in candidates}, config, packed)
+    serial = 0
+    if torch.get_num_threads() > 1:
+        for tokens in (1, 2, 4, 8, 16, 32):
+            alone = dataclasses.replace(best, serial_tokens=tokens)
+            shared = dataclasses.replace(best, serial_tokens=0)
+            if _fastest({alone: (alone, x[:tokens]), shared: (shared, x[:tokens])}, config, packed) == shared:
+                break
+            serial = tokens
+    return dataclasses.replace(best, serial_tokens=serial)
+
+
+def _fastest(calls: dict, config: LookupConfig, packed: Tensor):
+    """The key whose call ``(tiling, x)`` was the fastest, by the least time of a few rounds through all of them."""
+    least = dict.fromkeys(calls, float("inf"))
+    for _ in range(ROUNDS):
+        for key, (t, x) in calls.items():
+            start = time.perf_counter()
+            torch.ops.lookupffn.prepared(
+                x, packed, config.out_features, t.tile_tokens, t.groups_a_pass, t.prefetch, t.serial_tokens, ""
+            )
+            least[key] = min(least[key], time.perf_counter() - start)
+    return min(least, key=least.get)
