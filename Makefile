@@ -2,7 +2,7 @@
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: demo test clean
+.PHONY: demo test test-all bench clean
 
 demo: $(READY)
 	@$(VENV)/bin/lookupffn demo
@@ -13,6 +13,16 @@ test:
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/python -m pytest
+
+# The long run: ten thousand random layers, and the kernels under sanitizers and on emulated processors.
+test-all: test
+	@LOOKUPFFN_TEST_EXAMPLES=10000 $(VENV)/bin/python -m pytest --timeout=3600 tests/test_packed.py tests/test_engine.py
+	@scripts/test_native.sh
+
+# Prepared lookup layers beside every dense engine; the rivals' packages are installed first.
+bench: $(READY)
+	@scripts/setup.sh install-rivals $(VENV)
+	@$(VENV)/bin/lookupffn bench
 
 $(READY): pyproject.toml scripts/setup.sh CMakeLists.txt $(wildcard csrc/*)
 	@scripts/setup.sh install $(VENV)

@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -11,6 +12,8 @@
 
 namespace lookupffn {
 namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 constexpr int64_t kChunk = 2048;  // tokens whose codes and scores wait in memory at once
 
@@ -105,11 +108,15 @@ void hash_token(const Kernels& k, const Layer& l, const float* z, int64_t token,
 
 }  // namespace
 
-void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, const Tiling& tiling, const Threads& threads) {
+void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, const Tiling& tiling, const Threads& threads,
+             StageSeconds* stages) {
+  if (stages) *stages = {0, 0, 0};
   if (tokens == 0) return;
   const int tile = std::max(1, std::min({tiling.tile_tokens, kMaxTile, int(std::min<int64_t>(tokens, kMaxTile))}));
   const int pass = std::max(1, std::min(tiling.groups_a_pass, l.groups));
-  const bool serial = threads.count <= 1 || tokens <= tiling.serial_tokens;
+  const int rows_a_pass = pass * l.h.reads * kLanes;
+  const int ahead = (std::max(tiling.prefetch_rows, 0) + rows_a_pass - 1) / rows_a_pass;  // in tokens
+  const bool serial = stages || threads.count <= 1 || tokens <= tiling.serial_tokens;
   const auto run = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     const auto guarded = [&](int64_t begin, int64_t end) {
       FloatState state;
@@ -148,8 +155,14 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
         TileScratch s(tile_arena, l, tile);
         for (int64_t i = first; i < last; i++) {
           const int in_tile = int(std::min<int64_t>(tile, count - i * tile));
+          const double before = stages ? now() : 0;
           k.project(l, x, start + i * tile, in_tile, 0, l.h.repeats, s.z, s);
+          const double between = stages ? now() : 0;
           for (int t = 0; t < in_tile; t++) hash_token(k, l, s.z + size_t(t) * l.z_stride, i * tile + t, s.scores, reads);
+          if (stages) {
+            stages->project += between - before;
+            stages->hash += now() - between;
+          }
         }
       });
     }
@@ -158,17 +171,19 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
     // are fewer slices than threads, tokens are split too.
     const int64_t parts = serial ? 1 : std::max<int64_t>(1, std::min<int64_t>(count, (threads.count + l.slices - 1) / l.slices));
     const int64_t part = (count + parts - 1) / parts;
+    const double before = stages ? now() : 0;
     run(l.slices * parts, [&](int64_t first, int64_t last) {
       const bool one_pass = pass >= l.groups;
-      if (!one_pass) sums_arena.reserve(size_t(part) * kSlice * 4 + 128);
-      float* const sums = one_pass ? nullptr : sums_arena.take<float>(part * kSlice);
+      if (!one_pass) sums_arena.reserve(size_t(part) * l.h.slice * 4 + 128);
+      float* const sums = one_pass ? nullptr : sums_arena.take<float>(part * l.h.slice);
       for (int64_t unit = first; unit < last; unit++) {
         const int64_t begin = unit % parts * part, end = std::min(count, begin + part);
         for (int g = 0; g < l.groups && begin < end; g += pass)
           k.gather(l, int(unit / parts), g, std::min(g + pass, l.groups), begin, end, reads.codes, reads.scores,
-                   reads.steps, sums, y, start, tiling.prefetch);
+                   reads.steps, sums, y, start, ahead);
       }
     });
+    if (stages) stages->gather += now() - before;
   }
 }
 

@@ -16,11 +16,17 @@ struct Threads {
 struct Tiling {
   int tile_tokens;        // tokens that are projected at once
   int groups_a_pass;      // groups of 16 tables whose slice is to stay in L2
-  bool prefetch;          // the next token's rows
+  int prefetch_rows;      // how many rows ahead of their use rows are asked for; 0 for not at all
   int serial_tokens;      // batches up to this size run on the calling thread alone
 };
 
+// Where the time of a call went, in seconds; filled on request, by calls on one thread.
+struct StageSeconds {
+  double project, hash, gather;
+};
+
 // y = LookupFFN(x) for `tokens` rows. The result does not depend on the tiling, the threads or the batch, bit for bit.
-void forward(const Kernels&, const Layer&, Rows x, Rows y, int64_t tokens, const Tiling&, const Threads&);
+void forward(const Kernels&, const Layer&, Rows x, Rows y, int64_t tokens, const Tiling&, const Threads&,
+             StageSeconds* stages = nullptr);
 
 }  // namespace lookupffn

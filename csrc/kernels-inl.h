@@ -31,29 +31,29 @@ struct Product<WeightType::kInt16> {
 template <>
 struct Product<WeightType::kInt8> {
   typedef i32x16 Sum;
-  static LOOKUPFFN_INLINE Sum start(const int32_t* sums) {  // activations come as q + kActivationOffset
-    return sub(zero_i32(), mul_i32(load(sums), set1((int32_t)kActivationOffset)));
+  static LOOKUPFFN_INLINE Sum start(const int32_t* offsets) {  // activations come as q + 128, and may be taken as such
+    return kActivationOffset ? load(offsets) : zero_i32();
   }
   static LOOKUPFFN_INLINE Sum step(Sum sum, bytes64 x, bytes64 w) { return dot4_u8i8(sum, x, w); }
   static LOOKUPFFN_INLINE f32x16 finish(Sum sum, const float* scales) { return mul(to_float(sum), load(scales)); }
 };
 
-// kTokens x kPanels sums of `words` steps. x rows are x_bytes apart, panels 64 * words bytes.
+// kTokens x kPanels sums of `words` steps. x rows are x_bytes apart; a step of w is `group` panels of 64 bytes.
 template <WeightType kType, int kTokens, int kPanels>
-LOOKUPFFN_INLINE void multiply_tile(const uint8_t* x, size_t x_bytes, const uint8_t* w, const float* scales,
-                                    const int32_t* weight_sums, int words, float* y, size_t y_stride) {
+LOOKUPFFN_INLINE void multiply_tile(const uint8_t* x, size_t x_bytes, const uint8_t* w, size_t group, const float* scales,
+                                    const int32_t* offsets, int words, float* y, size_t y_stride) {
   typedef Product<kType> P;
   typename P::Sum sum[kTokens][kPanels];
 #pragma GCC unroll 8
   for (int p = 0; p < kPanels; p++) {
-    typename P::Sum start = P::start(weight_sums + 16 * p);
+    typename P::Sum start = P::start(offsets + 16 * p);
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; t++) sum[t][p] = start;
   }
-  for (int k = 0; k < words; k++) {
+  for (int k = 0; k < words; k++, w += group * 64) {
     bytes64 weight[kPanels];
 #pragma GCC unroll 8
-    for (int p = 0; p < kPanels; p++) weight[p] = load_bytes(w + ((size_t)p * words + k) * 64);
+    for (int p = 0; p < kPanels; p++) weight[p] = load_bytes(w + 64 * p);
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; t++) {
       bytes64 activation = broadcast_word(x + t * x_bytes + 4 * (size_t)k);
@@ -68,44 +68,34 @@ LOOKUPFFN_INLINE void multiply_tile(const uint8_t* x, size_t x_bytes, const uint
 }
 
 template <WeightType kType, int kPanels>
-LOOKUPFFN_INLINE void multiply_panels(const uint8_t* x, size_t x_bytes, const uint8_t* w, const float* scales,
-                                      const int32_t* weight_sums, int words, float* y, size_t y_stride, int tokens) {
+static void multiply_panels(const uint8_t* x, size_t x_bytes, const uint8_t* w, size_t group, const float* scales,
+                            const int32_t* offsets, int words, float* y, size_t y_stride, int tokens) {
   int t = 0;
   for (; t + kTileTokens <= tokens; t += kTileTokens)
-    multiply_tile<kType, kTileTokens, kPanels>(x + t * x_bytes, x_bytes, w, scales, weight_sums, words,
+    multiply_tile<kType, kTileTokens, kPanels>(x + t * x_bytes, x_bytes, w, group, scales, offsets, words,
                                                y + t * y_stride, y_stride);
-  if (kTileTokens > 4 && t + 4 <= tokens) {
-    multiply_tile<kType, 4, kPanels>(x + t * x_bytes, x_bytes, w, scales, weight_sums, words, y + t * y_stride, y_stride);
-    t += 4;
-  }
-  if (kTileTokens > 2 && t + 2 <= tokens) {
-    multiply_tile<kType, 2, kPanels>(x + t * x_bytes, x_bytes, w, scales, weight_sums, words, y + t * y_stride, y_stride);
-    t += 2;
-  }
+  if (kTileTokens > 2)
+    for (; t + 2 <= tokens; t += 2)
+      multiply_tile<kType, 2, kPanels>(x + t * x_bytes, x_bytes, w, group, scales, offsets, words, y + t * y_stride, y_stride);
   for (; t < tokens; t++)
-    multiply_tile<kType, 1, kPanels>(x + t * x_bytes, x_bytes, w, scales, weight_sums, words, y + t * y_stride, y_stride);
+    multiply_tile<kType, 1, kPanels>(x + t * x_bytes, x_bytes, w, group, scales, offsets, words, y + t * y_stride, y_stride);
 }
 
 // One stage, one repeat: y = blockdiag(W) x for a tile of tokens. `stage` counts stages over all repeats.
 template <WeightType kType>
-static void multiply(const Layer& l, int stage, const uint8_t* x, int tokens, float* y) {
-  const size_t element = kType == WeightType::kFloat32 ? 4 : kType == WeightType::kInt16 ? 2 : 1;
-  const int words = l.h.block_in * (int)element / 4, panels = l.h.block_out / 16;
-  const size_t x_bytes = (size_t)l.width_in * element, panel_bytes = (size_t)words * 64;
-  for (int n = 0; n < l.h.blocks; n++) {
-    const uint8_t* x_block = x + (size_t)n * words * 4;
-    const size_t first = (size_t)stage * l.width_out + (size_t)n * l.h.block_out;  // output of all stages
-    const uint8_t* w = l.weights + first / 16 * panel_bytes;
-    int p = 0;
-    for (; p + kTilePanels <= panels; p += kTilePanels)
-      multiply_panels<kType, kTilePanels>(x_block, x_bytes, w + p * panel_bytes, l.weight_scales + first + 16 * p,
-                                          l.weight_sums + first + 16 * p, words, y + (size_t)n * l.h.block_out + 16 * p,
-                                          l.width_out, tokens);
-    for (; p < panels; p++)
-      multiply_panels<kType, 1>(x_block, x_bytes, w + p * panel_bytes, l.weight_scales + first + 16 * p,
-                                l.weight_sums + first + 16 * p, words, y + (size_t)n * l.h.block_out + 16 * p,
-                                l.width_out, tokens);
-  }
+static void multiply(const Layer& l, int stage, const uint8_t* x, size_t x_bytes, int tokens, float* y) {
+  const int words = l.h.block_in * (int)element_size(kType) / 4, panels = l.h.block_out / 16;
+  const int group = panels_a_group(l.h.block_out);
+  for (int n = 0; n < l.h.blocks; n++)
+    for (int p = 0, wide; p < panels; p += wide) {
+      wide = group % kTilePanels ? 1 : kTilePanels;
+      const size_t output = (size_t)stage * l.width_out + (size_t)n * l.h.block_out + 16 * p;  // of all stages
+      const size_t panel = output / 16;
+      const uint8_t* w = l.weights + ((panel - p % group) * words + p % group) * 64;
+      const auto run = wide > 1 ? multiply_panels<kType, kTilePanels> : multiply_panels<kType, 1>;
+      run(x + (size_t)n * words * 4, x_bytes, w, group, l.weight_scales + output, l.weight_offsets + output, words,
+          y + (size_t)n * l.h.block_out + 16 * p, l.width_out, tokens);
+    }
 }
 
 // One radix-2^kLevels pass of the unnormalised Walsh-Hadamard transform over blocks of `block` floats, `step` blocks apart, in place.
@@ -174,6 +164,7 @@ static void quantise(WeightType type, const float* values, int width, float per_
   }
 }
 
+// x in float32, padded with zeros to `width`.
 static void load_rows(const Rows& x, int64_t token, int tokens, int features, int width, float* out) {
   for (int t = 0; t < tokens; t++, out += width) {
     const int64_t start = (token + t) * x.stride;
@@ -195,12 +186,12 @@ static void load_rows(const Rows& x, int64_t token, int tokens, int features, in
 }
 
 // Quantises a tile by each token's largest magnitude; unit[t] becomes what one step is worth, times before[t].
-static void quantise_tile(const Layer& l, const float* values, int tokens, const int32_t* largest, float levels,
-                          const float* before, float* unit, uint8_t* out) {
+static void quantise_tile(const Layer& l, const float* values, size_t stride, int tokens, const int32_t* largest,
+                          float levels, const float* before, float* unit, uint8_t* out) {
   const size_t bytes = (size_t)l.width_in * element_size(l.h.weight_type);
   for (int t = 0; t < tokens; t++) {
     Step step = quantisation_step(largest[t], levels);
-    quantise(l.h.weight_type, values + (size_t)t * l.width_in, l.width_in, step.per_unit, out + t * bytes);
+    quantise(l.h.weight_type, values + t * stride, l.width_in, step.per_unit, out + t * bytes);
     unit[t] = before ? before[t] * step.unit : step.unit;
   }
 }
@@ -208,17 +199,20 @@ static void quantise_tile(const Layer& l, const float* values, int tokens, const
 static void project(const Layer& l, Rows x, int64_t token, int tokens, int first, int last, float* z,
                     const ProjectScratch& s) {
   const int stages = l.h.stages, width = l.width_in, out = l.width_out;
-  load_rows(x, token, tokens, l.h.in_features, width, s.rows);
+  const bool direct = !x.bfloat16 && width == l.h.in_features;  // x as it lies there will do
+  if (!direct) load_rows(x, token, tokens, l.h.in_features, width, s.rows);
+  const float* rows = direct ? (const float*)x.data + token * x.stride : s.rows;
+  const size_t stride = direct ? x.stride : width;
   if (stages == 0) {
-    for (int t = 0; t < tokens; t++)
-      __builtin_memcpy(z + (size_t)t * l.z_stride, s.rows + (size_t)t * width, sizeof(float) * width);
+    for (int t = 0; t < tokens; t++) __builtin_memcpy(z + (size_t)t * l.z_stride, rows + t * stride, sizeof(float) * width);
     return;
   }
   const bool integer = l.h.weight_type != WeightType::kFloat32;
+  const size_t q_bytes = (size_t)width * element_size(l.h.weight_type);
   int32_t largest_x[kMaxTile], largest[kMaxTile];
   for (int t = 0; t < tokens && integer; t++) {
     i32x16 m = zero_i32();
-    for (int i = 0; i < width; i += 16) m = max(m, abs_bits(load(s.rows + (size_t)t * width + i)));
+    for (int i = 0; i < width; i += 16) m = max(m, abs_bits(load(rows + t * stride + i)));
     largest_x[t] = reduce_max(m);
   }
   float levels_of_x = 0;  // to which s.first is quantised
@@ -227,22 +221,22 @@ static void project(const Layer& l, Rows x, int64_t token, int tokens, int first
     for (int stage = 0; stage < stages; stage++) {
       const int index = r * stages + stage;
       if (!integer) {
-        const float* input = stage ? sums : s.rows;
+        const float* input = stage ? sums : rows;
         sums = s.sums[stage & 1];
-        multiply<WeightType::kFloat32>(l, index, (const uint8_t*)input, tokens, sums);
+        multiply<WeightType::kFloat32>(l, index, (const uint8_t*)input, 4 * (stage ? (size_t)out : stride), tokens, sums);
       } else {
         const uint8_t* input = stage ? s.activations : s.first;
         const float levels = l.levels[index];
         if (stage) {
-          quantise_tile(l, sums, tokens, largest, levels, stage == 1 ? s.unit[0] : s.unit[1], s.unit[1], s.activations);
+          quantise_tile(l, sums, out, tokens, largest, levels, s.unit[stage > 1], s.unit[1], s.activations);
         } else if (levels != levels_of_x) {
-          quantise_tile(l, s.rows, tokens, largest_x, levels, nullptr, s.unit[0], s.first);
+          quantise_tile(l, rows, stride, tokens, largest_x, levels, nullptr, s.unit[0], s.first);
           levels_of_x = levels;
         }
         if (l.h.weight_type == WeightType::kInt8)
-          multiply<WeightType::kInt8>(l, index, input, tokens, sums);
+          multiply<WeightType::kInt8>(l, index, input, q_bytes, tokens, sums);
         else
-          multiply<WeightType::kInt16>(l, index, input, tokens, sums);
+          multiply<WeightType::kInt16>(l, index, input, q_bytes, tokens, sums);
       }
       if (l.h.blocks > 1 || (integer && stage + 1 < stages))
         for (int t = 0; t < tokens; t++) largest[t] = butterflies(sums + (size_t)t * out, l.h.blocks, l.h.block_out);
@@ -251,7 +245,7 @@ static void project(const Layer& l, Rows x, int64_t token, int tokens, int first
     const f32x16 residual = set1(l.h.residual);
     for (int t = 0; t < tokens; t++) {
       const f32x16 factor = set1(integer ? l.h.scale * unit[t] : l.h.scale);
-      const float *y = sums + (size_t)t * out, *row = s.rows + (size_t)t * width, *bias = l.code_bias + (size_t)r * out;
+      const float *y = sums + (size_t)t * out, *row = rows + t * stride, *bias = l.code_bias + (size_t)r * out;
       float* z_row = z + (size_t)t * l.z_stride + (size_t)r * out;
       if (l.h.residual != 0)
         for (int i = 0; i < out; i += 16)
@@ -384,18 +378,19 @@ static float quantise_scores(const Layer& l, float* scores, uint16_t* codes, uin
 
 // ---- Gather ----------------------------------------------------------------------------------------------------------
 
-LOOKUPFFN_INLINE void write_slice(const Layer& l, int slice, const Rows& y, int64_t token, const f32x16 sum[4]) {
-  const int first = slice * kSlice, left = l.h.out_features - first;
-  float out[kSlice];
-  const bool whole = left >= kSlice;
+// kSums vectors of sums, a slice, and the bias to one row of y.
+template <int kSums>
+LOOKUPFFN_INLINE void write_slice(const Layer& l, int slice, const Rows& y, int64_t token, const f32x16* sum) {
+  const int first = slice * kSums * 16, left = l.h.out_features - first;
+  const bool whole = left >= kSums * 16;
   const int64_t start = token * y.stride + first;
   if (y.bfloat16) {
-    uint16_t narrow[kSlice], *row = (uint16_t*)y.data + start;
-    for (int i = 0; i < 4; i++) store_bf16((whole ? row : narrow) + 16 * i, add(sum[i], load(l.bias + first + 16 * i)));
+    uint16_t narrow[kSums * 16], *row = (uint16_t*)y.data + start;
+    for (int i = 0; i < kSums; i++) store_bf16((whole ? row : narrow) + 16 * i, add(sum[i], load(l.bias + first + 16 * i)));
     if (!whole) __builtin_memcpy(row, narrow, sizeof(uint16_t) * left);
   } else {
-    float* row = (float*)y.data + start;
-    for (int i = 0; i < 4; i++) store((whole ? row : out) + 16 * i, add(sum[i], load(l.bias + first + 16 * i)));
+    float out[kSums * 16], *row = (float*)y.data + start;
+    for (int i = 0; i < kSums; i++) store((whole ? row : out) + 16 * i, add(sum[i], load(l.bias + first + 16 * i)));
     if (!whole) __builtin_memcpy(row, out, sizeof(float) * left);
   }
 }
@@ -408,6 +403,7 @@ struct GatherCall {
   const void* scores;
   const float* steps;
   void* sums;
+  int64_t ahead;          // tokens whose rows are asked for early; 0 for none
 };
 
 LOOKUPFFN_INLINE int tables_of_group(const Layer& l, int g) {
@@ -415,19 +411,22 @@ LOOKUPFFN_INLINE int tables_of_group(const Layer& l, int g) {
   return left < 16 ? left : 16;
 }
 
-template <bool kPrefetch>
+// kLines cache lines a row; kSums = 4 kLines.
+template <int kLines, bool kPrefetch>
 static void gather_i8(const Layer& l, int slice, const GatherCall& c, const Rows& y, int64_t y_token) {
-  const size_t table_bytes = (size_t)l.h.table_rows * 64;
+  constexpr size_t kRow = kLines * 64;
+  constexpr int kSums = kLines * 4;
+  const size_t table_bytes = (size_t)l.h.table_rows * kRow;
   const int reads = l.h.reads;
   const bool starts = c.first == 0, ends = c.last == l.groups;
   for (int64_t token = c.begin; token < c.end; token++) {
     const size_t slot0 = (size_t)token * l.slots + (size_t)c.first * reads * 16;
     const uint16_t* code = c.codes + slot0;
     const uint8_t* score = (const uint8_t*)c.scores + slot0;
-    const uint16_t* next = token + 1 < c.end ? code + l.slots : code;
-    int32_t* saved = (int32_t*)c.sums + (token - c.begin) * kSlice;
-    i32x16 sum[4];
-    for (int i = 0; i < 4; i++) sum[i] = starts ? zero_i32() : load(saved + 16 * i);
+    const uint16_t* next = code + (token + c.ahead < c.end ? c.ahead : 0) * (int64_t)l.slots;
+    int32_t* saved = (int32_t*)c.sums + (token - c.begin) * kSums * 16;
+    i32x16 sum[kSums];
+    for (int i = 0; i < kSums; i++) sum[i] = starts ? zero_i32() : load(saved + 16 * i);
     const uint8_t* table = c.tables + (size_t)c.first * 16 * table_bytes;
     for (int g = c.first; g < c.last; g++, table += 16 * table_bytes) {
       const int tables = tables_of_group(l, g);
@@ -435,86 +434,106 @@ static void gather_i8(const Layer& l, int slice, const GatherCall& c, const Rows
         const uint8_t* base = table;
         int t = 0;
         for (; t + 4 <= tables; t += 4, base += 4 * table_bytes) {
+          const uint8_t* row0 = base + (size_t)code[t] * kRow;
+          const uint8_t* row1 = base + table_bytes + (size_t)code[t + 1] * kRow;
+          const uint8_t* row2 = base + 2 * table_bytes + (size_t)code[t + 2] * kRow;
+          const uint8_t* row3 = base + 3 * table_bytes + (size_t)code[t + 3] * kRow;
           if (kPrefetch)
-            for (int k = 0; k < 4; k++) prefetch(base + k * table_bytes + (size_t)next[t + k] * 64);
-          dot4_rows(sum, load_bytes(base + (size_t)code[t] * 64), load_bytes(base + table_bytes + (size_t)code[t + 1] * 64),
-                    load_bytes(base + 2 * table_bytes + (size_t)code[t + 2] * 64),
-                    load_bytes(base + 3 * table_bytes + (size_t)code[t + 3] * 64), score + t);
+            for (int k = 0; k < 4; k++)
+              for (int line = 0; line < kLines; line++)
+                prefetch(base + k * table_bytes + (size_t)next[t + k] * kRow + line * 64);
+          for (int line = 0; line < kLines; line++)
+            dot4_rows(sum + 4 * line, load_bytes(row0 + line * 64), load_bytes(row1 + line * 64),
+                      load_bytes(row2 + line * 64), load_bytes(row3 + line * 64), score + t);
         }
         if (t < tables) {  // one to three tables are left; the padded scores are 0, their row any row
-          bytes64 row[4];
-          for (int k = 0; k < 4; k++)
-            row[k] = load_bytes(t + k < tables ? base + k * table_bytes + (size_t)code[t + k] * 64 : base);
-          dot4_rows(sum, row[0], row[1], row[2], row[3], score + t);
+          const uint8_t* row[4];
+          for (int k = 0; k < 4; k++) row[k] = t + k < tables ? base + k * table_bytes + (size_t)code[t + k] * kRow : base;
+          for (int line = 0; line < kLines; line++)
+            dot4_rows(sum + 4 * line, load_bytes(row[0] + line * 64), load_bytes(row[1] + line * 64),
+                      load_bytes(row[2] + line * 64), load_bytes(row[3] + line * 64), score + t);
         }
       }
     }
     if (!ends) {
-      for (int i = 0; i < 4; i++) store(saved + 16 * i, sum[i]);
+      for (int i = 0; i < kSums; i++) store(saved + 16 * i, sum[i]);
     } else {
-      f32x16 out[4];
-      for (int i = 0; i < 4; i++) out[i] = mul(to_float(sum[i]), set1(c.steps[token]));
-      write_slice(l, slice, y, y_token + token, out);
+      f32x16 out[kSums];
+      for (int i = 0; i < kSums; i++) out[i] = mul(to_float(sum[i]), set1(c.steps[token]));
+      write_slice<kSums>(l, slice, y, y_token + token, out);
     }
   }
 }
 
-template <TableType kType, bool kPrefetch>
+template <TableType kType, int kSums, bool kPrefetch>
 static void gather_float(const Layer& l, int slice, const GatherCall& c, const Rows& y, int64_t y_token) {
-  const size_t row_bytes = l.slice_bytes, table_bytes = l.h.table_rows * row_bytes;
+  constexpr size_t kRow = kSums * 16 * (kType == TableType::kFloat32 ? 4 : 2);
+  const size_t table_bytes = (size_t)l.h.table_rows * kRow;
   const int reads = l.h.reads;
   const bool starts = c.first == 0, ends = c.last == l.groups;
   for (int64_t token = c.begin; token < c.end; token++) {
     const size_t slot0 = (size_t)token * l.slots + (size_t)c.first * reads * 16;
     const uint16_t* code = c.codes + slot0;
     const float* score = (const float*)c.scores + slot0;
-    const uint16_t* next = token + 1 < c.end ? code + l.slots : code;
-    float* saved = (float*)c.sums + (token - c.begin) * kSlice;
-    f32x16 sum[4];
-    for (int i = 0; i < 4; i++) sum[i] = starts ? zero_f32() : load(saved + 16 * i);
+    const uint16_t* next = code + (token + c.ahead < c.end ? c.ahead : 0) * (int64_t)l.slots;
+    float* saved = (float*)c.sums + (token - c.begin) * kSums * 16;
+    f32x16 sum[kSums];
+    for (int i = 0; i < kSums; i++) sum[i] = starts ? zero_f32() : load(saved + 16 * i);
     const uint8_t* table = c.tables + (size_t)c.first * 16 * table_bytes;
     for (int g = c.first; g < c.last; g++, table += 16 * table_bytes) {
       const int tables = tables_of_group(l, g);
       for (int n = 0; n < reads; n++, code += 16, score += 16, next += 16) {
         const uint8_t* base = table;
         for (int t = 0; t < tables; t++, base += table_bytes) {
-          const uint8_t* row = base + code[t] * row_bytes;
+          const uint8_t* row = base + code[t] * kRow;
           const f32x16 s = set1(score[t]);
           if (kPrefetch)
-            for (size_t line = 0; line < row_bytes; line += 64) prefetch(base + next[t] * row_bytes + line);
+            for (size_t line = 0; line < kRow; line += 64) prefetch(base + next[t] * kRow + line);
           if (kType == TableType::kFloat32) {
-            for (int i = 0; i < 4; i++) sum[i] = fma(s, load((const float*)row + 16 * i), sum[i]);
+            for (int i = 0; i < kSums; i++) sum[i] = fma(s, load((const float*)row + 16 * i), sum[i]);
           } else {
-            const bytes64 a = load_bytes(row), b = load_bytes(row + 64);
-            sum[0] = fma(s, low_bf16(a), sum[0]);
-            sum[1] = fma(s, high_bf16(a), sum[1]);
-            sum[2] = fma(s, low_bf16(b), sum[2]);
-            sum[3] = fma(s, high_bf16(b), sum[3]);
+            for (int i = 0; i < kSums; i += 2) {
+              const bytes64 pair = load_bytes(row + 32 * i);
+              sum[i] = fma(s, low_bf16(pair), sum[i]);
+              sum[i + 1] = fma(s, high_bf16(pair), sum[i + 1]);
+            }
           }
         }
       }
     }
     if (ends)
-      write_slice(l, slice, y, y_token + token, sum);
+      write_slice<kSums>(l, slice, y, y_token + token, sum);
     else
-      for (int i = 0; i < 4; i++) store(saved + 16 * i, sum[i]);
+      for (int i = 0; i < kSums; i++) store(saved + 16 * i, sum[i]);
+  }
+}
+
+template <int kSums, bool kPrefetch>
+static void gather_any(const Layer& l, int slice, const GatherCall& call, const Rows& y, int64_t y_token) {
+  switch (l.h.table_type) {
+    case TableType::kInt8: return gather_i8<kSums / 4, kPrefetch>(l, slice, call, y, y_token);
+    case TableType::kBFloat16: return gather_float<TableType::kBFloat16, kSums, kPrefetch>(l, slice, call, y, y_token);
+    default: return gather_float<TableType::kFloat32, kSums, kPrefetch>(l, slice, call, y, y_token);
   }
 }
 
 static void gather(const Layer& l, int slice, int first, int last, int64_t begin, int64_t end, const uint16_t* codes,
-                   const void* scores, const float* steps, void* sums, Rows y, int64_t y_token, bool ahead) {
+                   const void* scores, const float* steps, void* sums, Rows y, int64_t y_token, int ahead) {
   const size_t slice_bytes = (size_t)l.h.num_tables * l.h.table_rows * l.slice_bytes;
-  const GatherCall call = {l.tables + slice * slice_bytes, first, last, begin, end, codes, scores, steps, sums};
-  switch (l.h.table_type) {
-    case TableType::kInt8:
-      return ahead ? gather_i8<true>(l, slice, call, y, y_token) : gather_i8<false>(l, slice, call, y, y_token);
-    case TableType::kBFloat16:
-      return ahead ? gather_float<TableType::kBFloat16, true>(l, slice, call, y, y_token)
-                   : gather_float<TableType::kBFloat16, false>(l, slice, call, y, y_token);
-    default:
-      return ahead ? gather_float<TableType::kFloat32, true>(l, slice, call, y, y_token)
-                   : gather_float<TableType::kFloat32, false>(l, slice, call, y, y_token);
-  }
+  const GatherCall call = {l.tables + slice * slice_bytes, first, last, begin, end, codes, scores, steps, sums, ahead};
+  if (l.h.slice == 64)
+    return ahead ? gather_any<4, true>(l, slice, call, y, y_token) : gather_any<4, false>(l, slice, call, y, y_token);
+  return ahead ? gather_any<8, true>(l, slice, call, y, y_token) : gather_any<8, false>(l, slice, call, y, y_token);
 }
 
-static const Kernels kKernels = {LOOKUPFFN_NAME, project, hash, quantise_scores, gather};
+static int32_t read_lines(const uint8_t* memory, const uint32_t* lines, int64_t count) {
+  i32x16 a = zero_i32(), b = zero_i32();
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2) {
+    a = bit_xor(a, load((const int32_t*)(memory + (size_t)lines[i] * 64)));
+    b = bit_xor(b, load((const int32_t*)(memory + (size_t)lines[i + 1] * 64)));
+  }
+  return reduce_max(bit_xor(a, b));
+}
+
+static const Kernels kKernels = {LOOKUPFFN_NAME, project, hash, quantise_scores, gather, read_lines};

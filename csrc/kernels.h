@@ -36,10 +36,13 @@ struct Kernels {
   // One token, int8 tables: scores times the tables' scales to integers of 0 to 127, a sign to the code; the step.
   float (*quantise_scores)(const Layer&, float* scores, uint16_t* codes, uint8_t* quantised);
 
-  // Tokens [begin, end), outputs of one slice, tables of groups [first, last): reference.gather. Sums of 64 a token go
+  // Tokens [begin, end), outputs of one slice, tables of groups [first, last): reference.gather. Sums of a slice go
   // through `sums` from one call to the next; the call with the last group writes y.
   void (*gather)(const Layer&, int slice, int first, int last, int64_t begin, int64_t end, const uint16_t* codes,
-                 const void* scores, const float* steps, void* sums, Rows y, int64_t y_token, bool prefetch);
+                 const void* scores, const float* steps, void* sums, Rows y, int64_t y_token, int ahead);
+
+  // Loads `count` cache lines of 64 bytes at lines[i] * 64, for measuring: returns something that depends on them all.
+  int32_t (*read_lines)(const uint8_t* memory, const uint32_t* lines, int64_t count);
 };
 
 }  // namespace lookupffn

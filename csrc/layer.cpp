@@ -46,6 +46,7 @@ std::string parse_layer(const void* packed, size_t bytes, Layer* layer) {
     return field("weight_type", int64_t(h.weight_type));
   if (h.table_type < TableType::kFloat32 || h.table_type > TableType::kInt8)
     return field("table_type", int64_t(h.table_type));
+  if ((h.slice != 64 && h.slice != kMaxSlice) || h.reserved != 0) return field("slice", h.slice);
   if (h.table_type == TableType::kInt8 && int64_t(h.num_tables) * h.reads > 66000)
     return field("num_tables", h.num_tables) + ", too many for 32-bit sums of int8 rows";
 
@@ -57,7 +58,7 @@ std::string parse_layer(const void* packed, size_t bytes, Layer* layer) {
     if (h.repeats < 1) return field("repeats", h.repeats);
     if (!power_of_two(h.blocks)) return field("blocks", h.blocks);
     if (h.block_in < kLanes || h.block_in % kLanes) return field("block_in", h.block_in);
-    if (h.block_out < kLanes || h.block_out % kLanes) return field("block_out", h.block_out);
+    if (h.block_out < kLanes || h.block_out % (kLanes * panels_a_group(h.block_out))) return field("block_out", h.block_out);
     if ((h.stages == 4 || h.blocks > 1 || h.residual != 0) && h.block_in != h.block_out)
       return field("block_in", h.block_in) + " and " + field("block_out", h.block_out);
     const int64_t in = int64_t(h.blocks) * h.block_in, out = int64_t(h.blocks) * h.block_out;
@@ -78,20 +79,20 @@ std::string parse_layer(const void* packed, size_t bytes, Layer* layer) {
   const int64_t z_written = projects ? int64_t(h.repeats) * l.width_out : codes;
   l.z_stride = int(z_needed > z_written ? z_needed : z_written);
   l.slots = l.groups * h.reads * kLanes;
-  l.slices = (h.out_features + kSlice - 1) / kSlice;
-  l.slice_bytes = kSlice * element_size(h.table_type);
+  l.slices = int((int64_t(h.out_features) + h.slice - 1) / h.slice);
+  l.slice_bytes = size_t(h.slice) * element_size(h.table_type);
 
   const int64_t per_output = projects ? int64_t(h.repeats) * h.stages * l.width_out : 0;
   const bool integer = projects && h.weight_type != WeightType::kFloat32;
   uint64_t size[kSections];
   bool fits = product({per_output, int64_t(h.block_in), int64_t(element_size(h.weight_type))}, &size[kWeights]);
   fits = fits && product({int64_t(integer), per_output, 4}, &size[kWeightScales]);
-  fits = fits && product({int64_t(integer && h.weight_type == WeightType::kInt8), per_output, 4}, &size[kWeightSums]);
+  fits = fits && product({int64_t(integer && h.weight_type == WeightType::kInt8), per_output, 4}, &size[kWeightOffsets]);
   fits = fits && product({int64_t(integer), int64_t(h.repeats), int64_t(h.stages), 4}, &size[kLevels]);
   fits = fits && product({int64_t(projects), int64_t(h.repeats), int64_t(l.width_out), 4}, &size[kCodeBias]);
   fits = fits && product({l.slices, h.num_tables, h.table_rows, int64_t(l.slice_bytes)}, &size[kTables]);
   fits = fits && product({int64_t(h.table_type == TableType::kInt8), int64_t(l.groups) * kLanes, 4}, &size[kTableScales]);
-  fits = fits && product({l.slices, kSlice, 4}, &size[kBias]);
+  fits = fits && product({l.slices, h.slice, 4}, &size[kBias]);
   if (!fits) return "its sizes overflow";
 
   const uint8_t* section[kSections];
@@ -103,7 +104,7 @@ std::string parse_layer(const void* packed, size_t bytes, Layer* layer) {
   }
   l.weights = section[kWeights];
   l.weight_scales = reinterpret_cast<const float*>(section[kWeightScales]);
-  l.weight_sums = reinterpret_cast<const int32_t*>(section[kWeightSums]);
+  l.weight_offsets = reinterpret_cast<const int32_t*>(section[kWeightOffsets]);
   l.levels = reinterpret_cast<const float*>(section[kLevels]);
   l.code_bias = reinterpret_cast<const float*>(section[kCodeBias]);
   l.tables = section[kTables];

@@ -8,14 +8,14 @@
 namespace lookupffn {
 
 constexpr int kLanes = 16;             // outputs of a panel of packed weights; tables of a group
-constexpr int kSlice = 64;             // outputs of a slice of packed tables
+constexpr int kMaxSlice = 128;         // outputs of a slice of packed tables: 64 or 128
 constexpr int kMaxReads = 4;
 constexpr uint32_t kFormatVersion = 1;
 
 enum class WeightType : int32_t { kFloat32 = 0, kInt16 = 1, kInt8 = 2 };
 enum class TableType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-enum Section { kWeights, kWeightScales, kWeightSums, kLevels, kCodeBias, kTables, kTableScales, kBias, kSections };
+enum Section { kWeights, kWeightScales, kWeightOffsets, kLevels, kCodeBias, kTables, kTableScales, kBias, kSections };
 
 struct PackedHeader {
   char magic[8];  // "LOOKUPFF"
@@ -27,35 +27,39 @@ struct PackedHeader {
   int32_t table_rows;            // K, or 2 K where scores may be negative: rows K to 2 K are those of 0 to K, negated
   WeightType weight_type;
   TableType table_type;
+  int32_t slice;                 // outputs of a slice of the tables, 64 or 128
+  int32_t reserved;              // 0
   float scale, residual;         // z = scale * product + residual * x + code_bias
   uint64_t total_bytes;
   uint64_t offset[kSections];    // from the first byte of the header
 };
-static_assert(sizeof(PackedHeader) == 144, "the header is a file format");
+static_assert(sizeof(PackedHeader) == 152, "the header is a file format");
 
 struct Layer {
   PackedHeader h;
-  const uint8_t* weights;       // [R][stages][n][block_out / 16][block_in / g] words of 16 outputs x g inputs, 64 bytes
+  const uint8_t* weights;       // [R][stages][n][panels / G][block_in / g][G] words of 16 outputs x g inputs, 64 bytes;
+                                // G = panels_a_group(block_out), g inputs are four bytes
   const float* weight_scales;   // [R][stages][n * block_out], integer weights only
-  const int32_t* weight_sums;   // the same shape: the sum of an output's weights, int8 only
+  const int32_t* weight_offsets;  // the same shape: -128 times the sum of an output's weights, int8 only
   const float* levels;          // [R][stages]: the largest activation that cannot overflow the sums, integers only
   const float* code_bias;       // [R * n * block_out], zeros behind T tau
-  const uint8_t* tables;        // [slices][T][table_rows][64]
+  const uint8_t* tables;        // [slices][T][table_rows][slice]
   const float* table_scales;    // [T padded to 16], int8 only
-  const float* bias;            // [E padded to 64]
+  const float* bias;            // [slices * slice]
 
   int width_in, width_out;      // n * block_in, n * block_out
   int z_stride;                 // floats of z a token, with room for whole vectors behind the last table
   int groups;                   // ceil(T / 16)
   int slots;                    // groups * reads * 16: codes and scores a token, in groups of 16 tables, read by read
-  int slices;                   // ceil(E / 64)
-  size_t slice_bytes;           // of one row: 64 elements
+  int slices;                   // ceil(E / slice)
+  size_t slice_bytes;           // of one row's slice
 };
 
 // Reads a layer from packed bytes, which may come from a file: every size is checked before it is used.
 // Returns an empty string, or what is wrong.
 std::string parse_layer(const void* packed, size_t bytes, Layer* layer);
 
+inline int panels_a_group(int block_out) { return block_out >= 64 ? 4 : block_out / kLanes; }
 inline size_t element_size(WeightType t) { return t == WeightType::kFloat32 ? 4 : t == WeightType::kInt16 ? 2 : 1; }
 inline size_t element_size(TableType t) { return t == TableType::kFloat32 ? 4 : t == TableType::kBFloat16 ? 2 : 1; }
 

@@ -44,7 +44,6 @@ LOOKUPFFN_INLINE i32x16 add(i32x16 x, i32x16 y) { return {_mm256_add_epi32(x.a, 
 LOOKUPFFN_INLINE i32x16 sub(i32x16 x, i32x16 y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
 LOOKUPFFN_INLINE i32x16 bit_or(i32x16 x, i32x16 y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 LOOKUPFFN_INLINE i32x16 bit_xor(i32x16 x, i32x16 y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
-LOOKUPFFN_INLINE i32x16 mul_i32(i32x16 x, i32x16 y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
 LOOKUPFFN_INLINE i32x16 max(i32x16 x, i32x16 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
 LOOKUPFFN_INLINE int32_t reduce_max(i32x16 x) {
   const __m256i m = _mm256_max_epi32(x.a, x.b);

@@ -36,7 +36,6 @@ LOOKUPFFN_INLINE i32x16 add(i32x16 a, i32x16 b) { LOOKUPFFN_LANES a.v[i] = (int3
 LOOKUPFFN_INLINE i32x16 sub(i32x16 a, i32x16 b) { LOOKUPFFN_LANES a.v[i] = (int32_t)((uint32_t)a.v[i] - (uint32_t)b.v[i]); return a; }
 LOOKUPFFN_INLINE i32x16 bit_or(i32x16 a, i32x16 b) { LOOKUPFFN_LANES a.v[i] |= b.v[i]; return a; }
 LOOKUPFFN_INLINE i32x16 bit_xor(i32x16 a, i32x16 b) { LOOKUPFFN_LANES a.v[i] ^= b.v[i]; return a; }
-LOOKUPFFN_INLINE i32x16 mul_i32(i32x16 a, i32x16 b) { LOOKUPFFN_LANES a.v[i] = (int32_t)((uint32_t)a.v[i] * (uint32_t)b.v[i]); return a; }
 LOOKUPFFN_INLINE i32x16 max(i32x16 a, i32x16 b) { LOOKUPFFN_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 LOOKUPFFN_INLINE int32_t reduce_max(i32x16 a) {
   int32_t m = a.v[0];

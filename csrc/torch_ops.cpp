@@ -1,5 +1,6 @@
 // The only file that sees torch: checks arguments, allocates the result, lends torch's threads to the engine.
 // Built against libtorch's stable ABI, so one library serves every Python and every torch from 2.10 on.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +8,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "dispatch.h"
 #include "engine.h"
@@ -17,9 +19,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check(bool ok, const std::string& message) {
-  if (!ok) throw std::runtime_error("lookupffn: " + message);
-}
+// Macro, so that the message is put together only where it is needed.
+#define check(ok, message) \
+  if (!(ok)) throw std::runtime_error(std::string("lookupffn: ") + (message))
 
 std::string shape(const Tensor& t) {
   std::string s = "(";
@@ -40,33 +42,95 @@ Threads torch_threads() {
           }};
 }
 
+Tiling tiling(int64_t tile_tokens, int64_t groups_a_pass, int64_t prefetch_rows, int64_t serial_tokens) {
+  check(tile_tokens > 0 && groups_a_pass > 0 && prefetch_rows >= 0 && serial_tokens >= 0,
+        "tile_tokens and groups_a_pass must be positive, prefetch_rows and serial_tokens not negative");
+  const auto narrow = [](int64_t n) { return int(std::min<int64_t>(n, 1 << 24)); };
+  return {narrow(tile_tokens), narrow(groups_a_pass), narrow(prefetch_rows), narrow(serial_tokens)};
+}
+
 const Kernels& named_or_chosen(const std::string& isa) { return isa.empty() ? kernels() : kernels_named(isa); }
 
+// An uninitialised tensor on the CPU. The stable ABI's own functions go through the dispatcher, which takes longer than
+// a token's whole projection.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  AtenTensorHandle handle;
+  const int32_t dtype = type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                        : type == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                     : aoti_torch_dtype_float32();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor prepared(const Tensor& x, const Tensor& packed, int64_t out_features, int64_t tile_tokens, int64_t groups_a_pass,
-                bool prefetch, int64_t serial_tokens, std::string isa) {
+                int64_t prefetch_rows, int64_t serial_tokens, std::string isa) {
   check(x.is_cpu(), "a prepared layer runs on the CPU; move the input there");
-  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  check(x.dim() == 2 && (bfloat16 || x.scalar_type() == ScalarType::Float),
-        "x must be (tokens, features) in float32 or bfloat16, not " + shape(x));
+  const ScalarType type = x.scalar_type();
+  check(x.dim() >= 1 && (type == ScalarType::BFloat16 || type == ScalarType::Float),
+        "x must be (..., features) in float32 or bfloat16, not " + shape(x));
   check_bytes(packed);
   Layer layer;
   const std::string wrong = parse_layer(packed.const_data_ptr(), size_t(packed.numel()), &layer);
   check(wrong.empty(), "the packed layer cannot be used: " + wrong);
-  check(x.size(1) == layer.h.in_features, "x " + shape(x) + " must have the layer's in_features, " +
-                                              std::to_string(layer.h.in_features) + ", as its last dimension");
+  const int64_t last = x.dim() - 1, features = layer.h.in_features;
+  check(x.size(last) == features, "x " + shape(x) + " must have the layer's in_features, " + std::to_string(features) +
+                                      ", as its last dimension");
   check(out_features == layer.h.out_features, "out_features is " + std::to_string(out_features) + ", the packed layer's " +
                                                   std::to_string(layer.h.out_features));
-  check(tile_tokens > 0 && groups_a_pass > 0 && serial_tokens >= 0, "tiling numbers must be positive");
-
   const Kernels& implementation = named_or_chosen(isa);
-  const Tensor rows = x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), out_features});
-  forward(implementation, layer, {const_cast<void*>(rows.const_data_ptr()), rows.stride(0), bfloat16},
-          {y.mutable_data_ptr(), out_features, bfloat16}, x.size(0),
-          {int(std::min<int64_t>(tile_tokens, 1 << 20)), int(std::min<int64_t>(groups_a_pass, 1 << 20)), prefetch,
-           int(std::min<int64_t>(serial_tokens, 1 << 30))},
-          torch_threads());
+
+  // Rows may lie apart in a matrix; other layouts are copied first.
+  const bool in_place = x.is_contiguous() || (last == 1 && (x.stride(1) == 1 || features == 1));
+  const Tensor rows = in_place ? x : torch::stable::contiguous(x);
+  std::vector<int64_t> sizes(rows.sizes().begin(), rows.sizes().end());
+  sizes.back() = out_features;
+  Tensor y = empty(sizes, type);
+  const bool bfloat16 = type == ScalarType::BFloat16;
+  forward(implementation, layer, {const_cast<void*>(rows.const_data_ptr()), last == 1 ? rows.stride(0) : features, bfloat16},
+          {y.mutable_data_ptr(), out_features, bfloat16}, x.numel() / features,
+          tiling(tile_tokens, groups_a_pass, prefetch_rows, serial_tokens), torch_threads());
   return y;
+}
+
+// Seconds that one thread spends in projection, hash and gather of a call, (3); for `lookupffn bench`.
+Tensor stage_seconds(const Tensor& x, const Tensor& packed, int64_t tile_tokens, int64_t groups_a_pass,
+                     int64_t prefetch_rows) {
+  check_bytes(packed);
+  Layer layer;
+  const std::string wrong = parse_layer(packed.const_data_ptr(), size_t(packed.numel()), &layer);
+  check(wrong.empty(), "the packed layer cannot be used: " + wrong);
+  check(x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.is_contiguous() &&
+            x.size(1) == layer.h.in_features,
+        "x must be contiguous float32 rows of the layer's width");
+  Tensor y = empty({x.size(0), layer.h.out_features}, ScalarType::Float);
+  StageSeconds seconds;
+  forward(kernels(), layer, {const_cast<void*>(x.const_data_ptr()), x.size(1), false},
+          {y.mutable_data_ptr(), layer.h.out_features, false}, x.size(0),
+          tiling(tile_tokens, groups_a_pass, prefetch_rows, 0), torch_threads(), &seconds);
+  Tensor out = empty({3}, ScalarType::Double);
+  double* values = static_cast<double*>(out.mutable_data_ptr());
+  values[0] = seconds.project, values[1] = seconds.hash, values[2] = seconds.gather;
+  return out;
+}
+
+// Reads lines (int32, each checked) of 64 bytes of `memory`, `rounds` times; for measuring what a cache gives.
+int64_t read_lines(const Tensor& memory, const Tensor& lines, int64_t rounds) {
+  check_bytes(memory);
+  check(lines.is_cpu() && lines.dim() == 1 && lines.scalar_type() == ScalarType::Int && lines.is_contiguous(),
+        "lines must be a contiguous vector of int32");
+  const int32_t* p = static_cast<const int32_t*>(lines.const_data_ptr());
+  const int64_t count = lines.numel(), most = memory.numel() / 64;
+  bool inside = true;
+  for (int64_t i = 0; i < count; i++) inside = inside && p[i] >= 0 && p[i] < most;
+  check(inside, "a line lies outside memory");
+  int64_t all = 0;
+  for (int64_t i = 0; i < rounds; i++)
+    all ^= kernels().read_lines(static_cast<const uint8_t*>(memory.const_data_ptr()), reinterpret_cast<const uint32_t*>(p), count);
+  return all;
 }
 
 std::string check_packed(const Tensor& packed) {  // what is wrong with packed bytes, or nothing
@@ -91,8 +155,10 @@ std::string all_implementations() {  // one a line: name, tab, runs here, tab, n
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lookupffn, m) {
   m.def(
-      "prepared(Tensor x, Tensor packed, int out_features, int tile_tokens, int groups_a_pass, bool prefetch, "
+      "prepared(Tensor x, Tensor packed, int out_features, int tile_tokens, int groups_a_pass, int prefetch_rows, "
       "int serial_tokens, str isa) -> Tensor");
+  m.def("stage_seconds(Tensor x, Tensor packed, int tile_tokens, int groups_a_pass, int prefetch_rows) -> Tensor");
+  m.def("read_lines(Tensor memory, Tensor lines, int rounds) -> int");
   m.def("check_packed(Tensor packed) -> str");
   m.def("implementation(str isa) -> str");
   m.def("all_implementations() -> str");
@@ -100,6 +166,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lookupffn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lookupffn, CPU, m) {
   m.impl("prepared", TORCH_BOX(&lookupffn::prepared));
+  m.impl("stage_seconds", TORCH_BOX(&lookupffn::stage_seconds));
+  m.impl("read_lines", TORCH_BOX(&lookupffn::read_lines));
   m.impl("check_packed", TORCH_BOX(&lookupffn::check_packed));
 }
 

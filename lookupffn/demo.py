@@ -13,15 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from lookupffn import native
 from lookupffn.data import PretrainingData
 from lookupffn.diagnostics import HashMonitor
+from lookupffn.engine import PreparedLookupFFN, prepare
 from lookupffn.hardware import machine
 from lookupffn.masking import MaskedBlocks, unigram_entropy
 from lookupffn.models import LookupRobertaForMaskedLM, LookupRobertaModel
 from lookupffn.recipe import InputError, PretrainConfig
 from lookupffn.report import verdict, write_report
 from lookupffn.timing import time_interleaved
-from lookupffn.training import PretrainResult, parameter_groups, pretrain
+from lookupffn.training import PretrainResult, evaluate, log_perplexity, parameter_groups, pretrain
 
 TWINS = ("dense", "lookup")
 TIMED_TOKENS = (1, 512)
@@ -119,7 +121,17 @@ def _report(results: dict[str, PretrainResult], data: PretrainingData, config: P
     batch = torch.stack(
         [results["dense"].validation[i]["input_ids"] for i in range(max(TIMED_TOKENS) // config.sequence_length)]
     )
-    timings = _timings({ffn: model.encoder for ffn, model in models.items()}, batch)
+    # The lookup model is timed as it would be used, prepared for the CPU engine; its log perplexity so is given.
+    prepared = prepare(models["lookup"]) if native.available() else models["lookup"]
+    inputs = {ffn: _ffn_input(model.encoder, batch) for ffn, model in models.items()}  # (512, D)
+    timings = _timings({"dense": models["dense"].encoder, "lookup": prepared.encoder}, inputs, batch)
+    reports = {ffn: _model_report(result, timings[ffn], batch) for ffn, result in results.items()}
+    if native.available():
+        reports["lookup"]["prepared"] = {
+            "dtype": prepared.encoder.layers[0].ffn.table_dtype,
+            "implementation": native.implementation(),
+            **log_perplexity(evaluate(prepared, results["lookup"].validation)),
+        }
     recipe = dataclasses.asdict(config)
     for name in ("output_dir", "ffn", "data", "text_column", "preset", "model", "tokenizer"):
         recipe.pop(name)
@@ -134,7 +146,7 @@ def _report(results: dict[str, PretrainResult], data: PretrainingData, config: P
         "tokens_trained": results["dense"].metrics["tokens_trained"],
         "tokens_evaluated": results["dense"].metrics["tokens_evaluated"],
         "unigram_entropy": unigram_entropy(results["dense"].validation),
-        "models": {ffn: _model_report(result, timings[ffn], batch) for ffn, result in results.items()},
+        "models": reports,
         "fills": [_fill(models, data.tokenizer, text) for text in SENTENCES],
     }
 
@@ -168,12 +180,15 @@ def _model_report(result: PretrainResult, timings: list[dict], batch: Tensor) ->
     }
 
 
-def _timings(encoders: dict[str, LookupRobertaModel], batch: Tensor) -> dict[str, list[dict]]:
+def _timings(encoders: dict[str, nn.Module], inputs: dict[str, Tensor], batch: Tensor) -> dict[str, list[dict]]:
     """Both FFNs and both encoders at each size of TIMED_TOKENS, the twins interleaved.
 
     An FFN is timed on the activations that it meets in its trained model, layer 0; an encoder on validation blocks.
     """
-    inputs = {ffn: _ffn_input(encoder, batch) for ffn, encoder in encoders.items()}  # (512, D)
+    about = {ffn: {"engine": "PyTorch eager", "dtype": "float32"} for ffn in encoders}
+    if isinstance(encoders["lookup"].layers[0].ffn, PreparedLookupFFN):
+        engine = f"lookupffn's CPU engine ({native.implementation()})"
+        about["lookup"] = {"engine": engine, "dtype": f"{encoders['lookup'].layers[0].ffn.table_dtype} FFN"}
     timings: dict[str, list[dict]] = {ffn: [] for ffn in encoders}
     for tokens in TIMED_TOKENS:
         ids = batch if tokens > 1 else batch[:1, :1]
@@ -192,10 +207,9 @@ def _timings(encoders: dict[str, LookupRobertaModel], batch: Tensor) -> dict[str
                         "us_per_token_low": t.low * scale,
                         "us_per_token_high": t.high * scale,
                         "runs": t.runs,
-                        "dtype": "float32",
                         "threads": torch.get_num_threads(),
-                        "engine": "PyTorch eager",
                     }
+                    | about[ffn]
                 )
     return timings
 

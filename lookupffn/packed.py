@@ -5,7 +5,7 @@ plain torch. The bytes are the same on every machine; ``docs/format.md`` is thei
 
 Differs from the textbook in four ways. The Hadamard of size ``D'`` is ``H_n (x) H_b``: ``H_b`` is multiplied into the
 blocks here, once, and only ``H_n`` is left for run time. Blocks smaller than 16 are merged to blocks of 16, which
-that makes exact. Weights and tables are integers with a scale. Tables are cut into slices of 64 outputs.
+that makes exact. Weights and tables are integers with a scale. Tables are cut into slices of outputs.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from lookupffn.layer import LookupFFN
 from lookupffn.reference import bh4_matrix, hadamard_matrix
 
 FORMAT_VERSION = 1
-LANES, SLICE = 16, 64
+LANES = 16
 WEIGHT_TYPES = {"float32": 0, "int16": 1, "int8": 2}
 TABLE_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 _WEIGHT_DTYPES = (torch.float32, torch.int16, torch.int8)
 _TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-SECTIONS = ("weights", "weight_scales", "weight_sums", "levels", "code_bias", "tables", "table_scales", "bias")
+SECTIONS = ("weights", "weight_scales", "weight_offsets", "levels", "code_bias", "tables", "table_scales", "bias")
 _INTS = (
     "in_features", "out_features", "num_tables", "code_bits", "reads", "stages", "repeats", "blocks", "block_in",
-    "block_out", "table_rows", "weight_type", "table_type",
+    "block_out", "table_rows", "weight_type", "table_type", "slice", "reserved",
 )  # fmt: skip
 HEADER = np.dtype(
     [("magic", "S8"), ("version", "<u4")]
@@ -98,7 +98,7 @@ def _projection(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
         weight = torch.cat([c.decay * bh4_matrix(factors) + (1 - c.decay) * eye for factors in weight])
         weight = weight[: c.code_features, : c.in_features]
     if weight.dim() == 2:  # one stage of one block
-        blocks = F.pad(weight, (0, -c.in_features % LANES, 0, -c.code_features % LANES))[None, None, None]
+        blocks = F.pad(weight, (0, -c.in_features % LANES, 0, -c.code_features % 64))[None, None, None]
         scale, residual = 1.0, 0.0
     else:
         blocks, scale, residual = _folded_blocks(weight), c.decay, 1 - c.decay
@@ -110,13 +110,20 @@ def _projection(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
     else:
         values, sections["weight_scales"], sections["levels"] = _quantised_weights(blocks, kind)
         if kind == "int8":
-            sections["weight_sums"] = values.sum(-1, dtype=torch.int32)
-    word = 4 // values.element_size()  # inputs a word
-    sections["weights"] = values.view(repeats, stages, n, block_out // LANES, LANES, block_in // word, word).transpose(
-        4, 5
-    )  # (R, stages, n, panels, words, 16, inputs a word)
+            sections["weight_offsets"] = values.sum(-1, dtype=torch.int32) * -128  # activations come as q + 128
+    sections["weights"] = _panels(values)
     fields = dict(stages=stages, repeats=repeats, blocks=n, block_in=block_in, block_out=block_out, scale=scale)
     return fields | dict(residual=residual, weight_type=WEIGHT_TYPES[kind]), sections
+
+
+def _panels(values: Tensor) -> Tensor:
+    """``(R, stages, n, block_out, block_in)`` as words: four bytes of inputs for 16 outputs each, four panels in turn.
+
+    To ``(R, stages, n, groups, words, panels of a group, 16, inputs a word)``.
+    """
+    word = 4 // values.element_size()
+    group = min(4, values.shape[3] // LANES)
+    return values.unflatten(4, (-1, word)).unflatten(3, (-1, group, LANES)).permute(0, 1, 2, 3, 6, 4, 5, 7)
 
 
 def _folded_blocks(weight: Tensor) -> Tensor:
@@ -155,8 +162,9 @@ def _quantised_weights(blocks: Tensor, kind: str) -> tuple[Tensor, Tensor, Tenso
 
 def _tables(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
     c = layer.config
-    slices = -(-c.out_features // SLICE)
-    pad = slices * SLICE - c.out_features
+    width = slice_width(c.out_features)
+    slices = -(-c.out_features // width)
+    pad = slices * width - c.out_features
     sections = {"bias": F.pad(layer.bias.float(), (0, pad))}
     tables = _flush(layer.tables)
     if kind == "int8":
@@ -167,27 +175,32 @@ def _tables(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
             tables = torch.cat([tables, -tables], 1)
     elif kind == "bfloat16":
         tables = tables.bfloat16()
-    rows = F.pad(tables, (0, pad)).view(c.num_tables, tables.shape[1], slices, SLICE)
-    sections["tables"] = _interleave(rows.permute(2, 0, 1, 3))  # (slices, T, rows, 64)
-    return dict(table_rows=tables.shape[1], table_type=TABLE_TYPES[kind]), sections
+    rows = F.pad(tables, (0, pad)).view(c.num_tables, tables.shape[1], slices, width)
+    sections["tables"] = _interleave(rows.permute(2, 0, 1, 3))  # (slices, T, rows, width)
+    return dict(table_rows=tables.shape[1], table_type=TABLE_TYPES[kind], slice=width), sections
+
+
+def slice_width(out_features: int) -> int:
+    """Outputs of a slice: 128, two cache lines of an int8 row, or 64 where 128 would pad by a sixth and more."""
+    return 128 if _round_up(out_features, 128) * 6 < out_features * 7 else 64
 
 
 def _interleave(rows: Tensor) -> Tensor:
-    """Slices of 64 outputs in the order in which kernels take them apart.
+    """Runs of 64 outputs in the order in which kernels take them apart.
 
     int8: byte ``16 L + 4 j + d`` is output ``16 j + 4 L + d``, because four rows are interleaved within 128-bit lanes.
     bfloat16: the even ones of 32 numbers are outputs 0 to 15, the odd ones 16 to 31. float32: as they are.
     """
     if rows.dtype == torch.int8:
-        return rows.unflatten(-1, (4, 4, 4)).transpose(-3, -2).flatten(-3)  # (j, L, d) -> (L, j, d)
+        return rows.unflatten(-1, (-1, 4, 4, 4)).transpose(-3, -2).flatten(-4)  # (j, L, d) -> (L, j, d)
     if rows.dtype == torch.bfloat16:
-        return rows.unflatten(-1, (2, 2, 16)).transpose(-2, -1).flatten(-3)
+        return rows.unflatten(-1, (-1, 2, 16)).transpose(-2, -1).flatten(-3)
     return rows
 
 
 def _deinterleave(rows: Tensor) -> Tensor:
     if rows.dtype == torch.bfloat16:
-        return rows.unflatten(-1, (2, 16, 2)).transpose(-2, -1).flatten(-3)
+        return rows.unflatten(-1, (-1, 16, 2)).transpose(-2, -1).flatten(-3)
     return _interleave(rows)  # its own inverse for int8
 
 
@@ -248,6 +261,8 @@ def read_header(packed: Tensor) -> dict:
         h[name.replace("type", "dtype")] = list(types)[h[name]]
     if min(h[name] for name in _INTS[:5]) < 1 or min(h[name] for name in _INTS) < 0 or h["code_bits"] > 16:
         raise PackedError(f"its sizes are out of range: {', '.join(f'{name} {h[name]}' for name in _INTS)}")
+    if h["slice"] not in (64, 128):
+        raise PackedError(f"its slices are of {h['slice']} outputs, not 64 or 128")
     if h["total_bytes"] != packed.numel():
         raise PackedError(f"its header says {h['total_bytes']} bytes, but it has {packed.numel()}")
     h["offset"] = dict(zip(SECTIONS, header["offset"].tolist(), strict=True))
@@ -269,20 +284,21 @@ def _section_shapes(h: dict) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     stages, integer = (h["repeats"], h["stages"]), h["weight_type"] > 0
     outputs = (*stages, h["blocks"], h["block_out"])
     weight_dtype, table_dtype = _WEIGHT_DTYPES[h["weight_type"]], _TABLE_DTYPES[h["table_type"]]
-    slices = -(-h["out_features"] // SLICE)
+    slices = -(-h["out_features"] // h["slice"])
     word = 4 // weight_dtype.itemsize
     shapes = {
-        "tables": (table_dtype, (slices, h["num_tables"], h["table_rows"], SLICE)),
-        "bias": (torch.float32, (slices * SLICE,)),
+        "tables": (table_dtype, (slices, h["num_tables"], h["table_rows"], h["slice"])),
+        "bias": (torch.float32, (slices * h["slice"],)),
     }
     if h["stages"]:
-        panels = (*stages, h["blocks"], h["block_out"] // LANES, h["block_in"] // word, LANES, word)
-        shapes["weights"] = (weight_dtype, panels)
+        group = max(1, min(4, h["block_out"] // LANES))
+        panels = (h["blocks"], h["block_out"] // LANES // group, h["block_in"] // word, group, LANES, word)
+        shapes["weights"] = (weight_dtype, (*stages, *panels))
         shapes["code_bias"] = (torch.float32, (h["repeats"] * h["blocks"] * h["block_out"],))
         if integer:
             shapes |= {"weight_scales": (torch.float32, outputs), "levels": (torch.float32, stages)}
         if h["weight_dtype"] == "int8":
-            shapes["weight_sums"] = (torch.int32, outputs)
+            shapes["weight_offsets"] = (torch.int32, outputs)
     if h["table_dtype"] == "int8":
         shapes["table_scales"] = (torch.float32, (_round_up(h["num_tables"], LANES),))
     return shapes
@@ -320,7 +336,7 @@ def unpack(packed: Tensor) -> Unpacked:
     weights, table_scales, tables = sections["weights"], sections["table_scales"], sections["tables"]
     blocks = None
     if weights is not None:
-        blocks = weights.transpose(4, 5).reshape(*weights.shape[:3], h["block_out"], h["block_in"])
+        blocks = weights.permute(0, 1, 2, 3, 5, 6, 4, 7).reshape(*weights.shape[:3], h["block_out"], h["block_in"])
     return Unpacked(
         header=h,
         blocks=blocks,

@@ -26,13 +26,13 @@ class Tiling:
 
     tile_tokens: tokens projected at once, so that their activations stay in L1 and a block's weights are read once.
     groups_a_pass: groups of 16 tables gathered at once, so that a slice of their rows stays in L2.
-    prefetch: whether the rows of the next token are asked for while this token's are summed.
+    prefetch_rows: how many rows ahead of their use rows are asked for, 0 for not at all.
     serial_tokens: batches up to this size run on the calling thread alone.
     """
 
-    tile_tokens: int = 24
+    tile_tokens: int = 12
     groups_a_pass: int = 1 << 20
-    prefetch: bool = True
+    prefetch_rows: int = 128
     serial_tokens: int = 4
 
 
@@ -79,7 +79,7 @@ def _timed_choice(config: LookupConfig, packed: Tensor) -> Tiling:
     x = torch.randn(TIMED_TOKENS, config.in_features, generator=torch.Generator().manual_seed(0))
     groups = -(-config.num_tables // 16)
     passes = sorted({groups, max(1, groups // 2), max(1, groups // 4)}, reverse=True)
-    candidates = [Tiling(tile, p, ahead) for tile in (24, 48) for p in passes for ahead in (True, False)]
+    candidates = [Tiling(12, p, ahead) for p in passes for ahead in (0, 128, 256)]
     best = _fastest({t: (t, x) for t in candidates}, config, packed)
     serial = 0
     if torch.get_num_threads() > 1:
@@ -99,7 +99,7 @@ def _fastest(calls: dict, config: LookupConfig, packed: Tensor):
         for key, (t, x) in calls.items():
             start = time.perf_counter()
             torch.ops.lookupffn.prepared(
-                x, packed, config.out_features, t.tile_tokens, t.groups_a_pass, t.prefetch, t.serial_tokens, ""
+                x, packed, config.out_features, t.tile_tokens, t.groups_a_pass, t.prefetch_rows, t.serial_tokens, ""
             )
             least[key] = min(least[key], time.perf_counter() - start)
     return min(least, key=least.get)

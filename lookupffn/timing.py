@@ -17,10 +17,13 @@ class Timing:
     runs: int
 
 
-def time_interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
+def time_interleaved(
+    calls: Mapping[str, Callable[[], object]], seconds: float, *, block: float = 1e-3, pause: float = 0.0
+) -> dict[str, Timing]:
     """Times every call in turn, round after round, for about ``seconds`` in all.
 
-    A measurement is as many calls as fill about a millisecond. Because the calls alternate, a machine that slows
+    A measurement is as many calls as fill about ``block`` seconds. ``pause`` lets the threads of one call's library go
+    to sleep before the next one's run. Because the calls alternate, a machine that slows
     down slows all of them: their ratio holds where a single time does not.
     """
     repeats = {}
@@ -29,12 +32,13 @@ def time_interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) 
             start = time.perf_counter()
             call()
             once = time.perf_counter() - start
-        repeats[name] = max(1, round(1e-3 / once))
+        repeats[name] = max(1, round(block / once))
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(samples[name]) < 5:
         for name, call in calls.items():
+            time.sleep(pause)
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

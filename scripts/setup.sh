@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set-up for make: `install VENV` makes a virtual environment with the package and its extras, `check-compiler` says
-# whether torch.compile can build here. Whatever is missing is named in one line; pip's own words go to a log.
+# Set-up for make: `install VENV` makes a virtual environment with the package and its extras, `install-rivals VENV` adds
+# the benchmark's, `check-compiler` says whether torch.compile can build here. Whatever is missing is named in one line;
+# pip's own words go to a log.
 set -euo pipefail
 
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -45,6 +46,12 @@ install() {
     pip_install --no-build-isolation --editable '.[dev]'
 }
 
+install_rivals() {
+    venv=$1 log=$1/setup.log
+    echo "setup: installing the engines that the benchmark compares with"
+    pip_install --no-build-isolation --editable '.[dev,bench]'
+}
+
 check_compiler() {
     command -v "${CXX:-g++}" >/dev/null || fail "needs a C++ compiler for torch.compile in the tests; '${CXX:-g++}' is not there. Install g++"
 }
@@ -52,6 +59,7 @@ check_compiler() {
 cd "$(dirname "$0")/.."
 case ${1:-} in
     install) install "$2" ;;
+    install-rivals) install_rivals "$2" ;;
     check-compiler) check_compiler ;;
-    *) fail "usage: scripts/setup.sh install VENV | check-compiler" ;;
+    *) fail "usage: scripts/setup.sh install VENV | install-rivals VENV | check-compiler" ;;
 esac

@@ -81,6 +81,7 @@ def verdict(report):
 
     return [
         *_quality(report),
+        *_prepared(lookup),
         _speed(dense, lookup, "ffn", "lookup FFN"),
         _speed(dense, lookup, "model", "whole lookup model"),
         amounts("Multiply-adds a token", "ffn_macs_per_token", "model_macs_per_token", "fewer", "more"),
@@ -108,6 +109,19 @@ def _quality(report):
     if above:
         return [text, f"Not below {line}: {' and '.join(above)}. Token frequencies alone would do as well."]
     return [text, f"Both models end below {line}: they use the context, not token frequencies alone."]
+
+
+def _prepared(lookup):
+    """The lookup model's log perplexity in the form that is timed, where that is the CPU engine's."""
+    prepared = lookup.get("prepared")
+    if not prepared or None in (prepared["log_perplexity"], lookup["log_perplexity"]):
+        return []
+    change = prepared["log_perplexity"] - lookup["log_perplexity"]
+    text = f"Prepared for the CPU engine with {prepared['dtype']} tables, the lookup model's log perplexity is "
+    text += (
+        f"{prepared['log_perplexity']:.4f}, {abs(change):.4f} nats {'more' if change > 0 else 'less'} than as trained."
+    )
+    return [text]
 
 
 def _speed(dense, lookup, what, name):
