@@ -296,17 +296,18 @@ LOOKUPFFN_INLINE void hash_group(const float* z, int code_bits, int tables, uint
     code = bit_or(code, select(less(zero, v[j]), bit, zero_i32()));
     total = add(total, m);
     product = mul(product, add(one, exp_minus_2(m)));
-    if (kReads > 1) {  // insert m into the sorted smallest
-      f32x16 value = m;
-      i32x16 value_bit = bit;
-      for (int k = 0; k < kReads - 1; k++) {
-        const mask16 smaller = less(value, least[k]);
-        const f32x16 displaced = select(smaller, least[k], value);
-        const i32x16 displaced_bit = select(smaller, least_bit[k], value_bit);
-        least[k] = select(smaller, value, least[k]);
-        least_bit[k] = select(smaller, value_bit, least_bit[k]);
-        value = displaced;
-        value_bit = displaced_bit;
+    if (kReads > 1) {  // insert m into the sorted smallest, behind those as small as it
+      mask16 smaller[3];
+      for (int k = 0; k < kReads - 1; k++) smaller[k] = less(m, least[k]);
+      for (int k = kReads - 2; k >= 0; k--) {
+        f32x16 value = m;
+        i32x16 value_bit = bit;
+        if (k > 0) {
+          value = select(smaller[k - 1], least[k - 1], m);
+          value_bit = select(smaller[k - 1], least_bit[k - 1], bit);
+        }
+        least[k] = select(smaller[k], value, least[k]);
+        least_bit[k] = select(smaller[k], value_bit, least_bit[k]);
       }
     }
   }
@@ -535,5 +536,3 @@ static int32_t read_lines(const uint8_t* memory, const uint32_t* lines, int64_t 
   }
   return reduce_max(bit_xor(a, b));
 }
-
-static const Kernels kKernels = {LOOKUPFFN_NAME, project, hash, quantise_scores, gather, read_lines};

@@ -7,6 +7,7 @@
 namespace lookupffn {
 
 constexpr int kMaxTile = 96;  // tokens
+constexpr int kTrainSlice = 64;  // outputs of a table that training reads at once
 constexpr int32_t kLaneIndex[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Rows of x or y, float32 or bfloat16, `stride` elements apart.
@@ -43,6 +44,35 @@ struct Kernels {
 
   // Loads `count` cache lines of 64 bytes at lines[i] * 64, for measuring: returns something that depends on them all.
   int32_t (*read_lines)(const uint8_t* memory, const uint32_t* lines, int64_t count);
+
+  // Training (training-inl.h). Codes and scores here are int32 and float32, [token][table][read].
+
+  // Rows [begin, end) of z, `bits` floats each: ops.hash_codes and its backward.
+  void (*hash_rows)(const float* z, int64_t rows, int64_t begin, int64_t end, int bits, int reads, int32_t* codes,
+                    float* scores);
+  void (*hash_rows_backward)(const float* grad, const float* z, const int32_t* codes, int64_t rows, int64_t begin,
+                             int64_t end, int bits, int reads, float* grad_z);
+
+  // Outputs [first, first + kTrainSlice) of rows of `width`, to float32 rows without gaps and back: rows [begin, end),
+  // or those named, each to its own place.
+  void (*pack_slice)(Rows from, int64_t begin, int64_t end, int first, int width, float* to);
+  void (*pack_rows)(Rows from, const int32_t* rows, int64_t count, int first, int width, float* to);
+  void (*unpack_slice)(const float* from, Rows to, int64_t begin, int64_t end, int first, int width);
+
+  // to[column][row] = from[row][column], words of 32 bits.
+  void (*transpose_words)(const void* from, int64_t from_stride, int64_t rows, int64_t columns, void* to, int64_t to_stride);
+
+  // sums[token] (+)= the reads of packed tables; codes and scores are `stride` apart from token to token.
+  void (*gather_slice)(const float* packed, int tables, int64_t table_rows, int reads, const int32_t* codes,
+                       const float* scores, int64_t stride, int64_t tokens, float* sums, bool starts);
+
+  // The same sums for outputs [first, last) of one token, straight from the tables to y.
+  void (*gather_token)(Rows rows, int64_t tables, int64_t table_rows, int reads, const int32_t* codes, const float* scores,
+                       int first, int last, int width, Rows y, int64_t token);
+
+  // One read of one packed table, tokens in sixteens: sums[code] += score * grad, dots += <grad, row>.
+  void (*scatter_slice)(const float* packed, float* sums, const float* grad, const int32_t* codes, const float* scores,
+                        float* dots, int64_t tokens);
 };
 
 }  // namespace lookupffn

@@ -53,6 +53,7 @@ std::string parse_layer(const void* packed, size_t bytes, Layer* layer) {
   const int64_t codes = int64_t(h.num_tables) * h.code_bits;
   if (h.stages == 0) {
     if (h.in_features != codes) return field("in_features", h.in_features) + " without a projection";
+    if (h.repeats != 1 || h.blocks != 1) return field("repeats", h.repeats) + " without a projection";
   } else {
     if (h.stages != 1 && h.stages != 4) return field("stages", h.stages);
     if (h.repeats < 1) return field("repeats", h.repeats);
@@ -95,13 +96,18 @@ std::string parse_layer(const void* packed, size_t bytes, Layer* layer) {
   fits = fits && product({l.slices, h.slice, 4}, &size[kBias]);
   if (!fits) return "its sizes overflow";
 
+  // One layout for given sizes: sections in order, each from the next multiple of 64 bytes on.
   const uint8_t* section[kSections];
+  uint64_t position = (sizeof(PackedHeader) + 63) / 64 * 64;
   for (int s = 0; s < kSections; s++) {
-    if (h.offset[s] % 64 || h.offset[s] > bytes || size[s] > bytes - h.offset[s])
+    if (h.offset[s] != position || position > bytes || size[s] > bytes - position)
       return "section " + std::to_string(s) + " of " + std::to_string(size[s]) + " bytes at " + std::to_string(h.offset[s]) +
-             " lies outside its " + std::to_string(bytes) + " bytes";
-    section[s] = static_cast<const uint8_t*>(packed) + h.offset[s];
+             " should begin at " + std::to_string(position) + " and end within " + std::to_string(bytes) + " bytes";
+    section[s] = static_cast<const uint8_t*>(packed) + position;
+    position += (size[s] + 63) / 64 * 64;
   }
+  if (position != bytes)
+    return "its sections end at byte " + std::to_string(position) + ", but it has " + std::to_string(bytes);
   l.weights = section[kWeights];
   l.weight_scales = reinterpret_cast<const float*>(section[kWeightScales]);
   l.weight_offsets = reinterpret_cast<const int32_t*>(section[kWeightOffsets]);

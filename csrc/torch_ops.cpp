@@ -1,45 +1,15 @@
-// The only file that sees torch: checks arguments, allocates the result, lends torch's threads to the engine.
+// What torch sees of prepared layers: checks arguments, allocates the result, lends torch's threads to the engine.
 // Built against libtorch's stable ABI, so one library serves every Python and every torch from 2.10 on.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
-#include "dispatch.h"
-#include "engine.h"
+#include "torch_checks.h"
 
 namespace lookupffn {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Macro, so that the message is put together only where it is needed.
-#define check(ok, message) \
-  if (!(ok)) throw std::runtime_error(std::string("lookupffn: ") + (message))
-
-std::string shape(const Tensor& t) {
-  std::string s = "(";
-  for (int64_t i = 0; i < t.dim(); i++) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + ")";
-}
-
 void check_bytes(const Tensor& packed) {
   check(packed.is_cpu() && packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
         "packed must be a contiguous vector of bytes on the CPU, not " + shape(packed));
-}
-
-Threads torch_threads() {
-  const int64_t count = torch::stable::get_num_threads();
-  return {int(count), [count](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-            // at least n / count a thread, so that no more than `count` of them take part
-            torch::stable::parallel_for(0, n, (n + count - 1) / count, body);
-          }};
 }
 
 Tiling tiling(int64_t tile_tokens, int64_t groups_a_pass, int64_t prefetch_rows, int64_t serial_tokens) {
@@ -47,23 +17,6 @@ Tiling tiling(int64_t tile_tokens, int64_t groups_a_pass, int64_t prefetch_rows,
         "tile_tokens and groups_a_pass must be positive, prefetch_rows and serial_tokens not negative");
   const auto narrow = [](int64_t n) { return int(std::min<int64_t>(n, 1 << 24)); };
   return {narrow(tile_tokens), narrow(groups_a_pass), narrow(prefetch_rows), narrow(serial_tokens)};
-}
-
-const Kernels& named_or_chosen(const std::string& isa) { return isa.empty() ? kernels() : kernels_named(isa); }
-
-// An uninitialised tensor on the CPU. The stable ABI's own functions go through the dispatcher, which takes longer than
-// a token's whole projection.
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-  AtenTensorHandle handle;
-  const int32_t dtype = type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                        : type == ScalarType::Double ? aoti_torch_dtype_float64()
-                                                     : aoti_torch_dtype_float32();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 Tensor prepared(const Tensor& x, const Tensor& packed, int64_t out_features, int64_t tile_tokens, int64_t groups_a_pass,

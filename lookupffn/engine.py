@@ -29,7 +29,21 @@ if native.available():
 
     @torch.library.register_fake("lookupffn::prepared")
     def _(x, packed, out_features, tile_tokens, groups_a_pass, prefetch_rows, serial_tokens, isa):
+        torch._check(x.is_meta or not packed.is_meta, lambda: "the layer is on the meta device, the input is not")
         return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("lookupffn::no_backward", mutates_args=())
+def _no_backward(grad: Tensor, in_features: int) -> Tensor:
+    raise RuntimeError(
+        "a prepared layer has no backward pass: train the layer that it was prepared from, or run this one under "
+        "torch.no_grad()"
+    )
+
+
+@_no_backward.register_fake
+def _(grad, in_features):  # compilers trace a backward pass that may never run
+    return grad.new_empty(*grad.shape[:-1], in_features)
 
 
 class _NoBackward(torch.autograd.Function):
@@ -37,14 +51,12 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        ctx.in_features = x.shape[-1]
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        raise RuntimeError(
-            "a prepared layer has no backward pass: train the layer that it was prepared from, or run this one under "
-            "torch.no_grad()"
-        )
+        return _no_backward(grad, ctx.in_features), None
 
 
 class PreparedLookupFFN(nn.Module):
@@ -83,13 +95,20 @@ class PreparedLookupFFN(nn.Module):
         if not native.available():
             native.warn_if_absent()
             self._unpacked = unpack(packed)
+            self.register_load_state_dict_post_hook(PreparedLookupFFN._unpack_again)
+
+    def _unpack_again(self, _) -> None:
+        self._unpacked = unpack(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
         # Lean, because at one token a microsecond of Python is a tenth of the layer.
         c = self.config
         if x.dim() < 1 or x.shape[-1] != c.in_features:
             raise ValueError(f"the last dimension of x must be in_features = {c.in_features}; x is {list(x.shape)}")
-        rows = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+        rows = x if x.dtype in (torch.float32, torch.bfloat16) else self._as_float32(x)
+        grad = x.requires_grad and torch.is_grad_enabled()
+        if grad:
+            rows = rows.detach()
         if self._unpacked is None:
             y = torch.ops.lookupffn.prepared(rows, self.packed, *self._arguments)
         else:
@@ -97,7 +116,13 @@ class PreparedLookupFFN(nn.Module):
             y = y.reshape(*x.shape[:-1], c.out_features)
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
-        return _NoBackward.apply(x, y) if x.requires_grad and torch.is_grad_enabled() else y
+        return _NoBackward.apply(x, y) if grad else y
+
+    @staticmethod
+    def _as_float32(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}: a prepared layer takes floating-point numbers")
+        return x.float()
 
     def flops(self, tokens: int) -> int:
         """Operations of a forward pass, two a multiply-add, as :meth:`LookupFFN.flops` counts them."""
@@ -149,10 +174,14 @@ def prepare(
             raise ValueError(
                 f"the layer is on {layer.tables.device}: a prepared layer runs on the CPU, move the model there"
             )
-        packed = pack(layer, dtype, projection_dtype)
-        return PreparedLookupFFN(layer.config, packed, choose_tiling(layer.config, packed) if tune else None)
+        return _prepared_layer(layer.config, pack(layer, dtype, projection_dtype), tune)
 
     return _replace_layers(module, {name: prepared for name, _ in lookup_layers(module)}, inplace)
+
+
+def _prepared_layer(config: LookupConfig, packed: Tensor, tune: bool) -> PreparedLookupFFN:
+    layer = PreparedLookupFFN(config, packed)  # every check comes before a kernel runs on these bytes
+    return PreparedLookupFFN(config, packed, choose_tiling(config, packed)) if tune else layer
 
 
 def lookup_layers(module: nn.Module) -> list[tuple[str, LookupFFN]]:
@@ -166,14 +195,17 @@ def lookup_layers(module: nn.Module) -> list[tuple[str, LookupFFN]]:
 
 
 def _replace_layers(module: nn.Module, make: dict, inplace: bool) -> nn.Module:
-    replacements = {name: make[name](layer) for name, layer in lookup_layers(module)}
+    replacements = {name: make[name](layer).train(layer.training) for name, layer in lookup_layers(module)}
     if "" in replacements:
         return replacements[""]
     if not inplace:  # the copy takes the new layers where the old ones were, so their tables are never copied
         memo = {id(module.get_submodule(name)): layer for name, layer in replacements.items()}
         return copy.deepcopy(module, memo)
-    for name, layer in replacements.items():
-        module.set_submodule(name, layer)
+    new = {id(module.get_submodule(name)): layer for name, layer in replacements.items()}
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():  # every name of a layer that is used more than once
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
     return module
 
 
@@ -214,7 +246,7 @@ def load_packed(
                 raise PackedError(f"{path}: {found}, where {FILE_FORMAT!r}, version {FILE_VERSION!r} is needed")
             configs = {name: LookupConfig(**fields) for name, fields in json.loads(metadata["configs"]).items()}
             layers = {name: _load_layer(file, name, config, path, tune) for name, config in configs.items()}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, (PackedError, FileNotFoundError)):
             raise
         raise PackedError(f"{path} is damaged or no file of packed layers: {error}") from error
@@ -234,8 +266,7 @@ def load_packed(
 def _load_layer(file, name: str, config: LookupConfig, path: str | Path, tune: bool) -> PreparedLookupFFN:
     stored = file.get_tensor(f"{name}.packed" if name else "packed")
     try:
-        check(stored)
-        packed = aligned_bytes(stored.numel()).copy_(stored)
-        return PreparedLookupFFN(config, packed, choose_tiling(config, packed) if tune else None)
+        read_header(stored)
+        return _prepared_layer(config, aligned_bytes(stored.numel()).copy_(stored), tune)
     except PackedError as error:
         raise PackedError(f"{path}, layer {name!r}: {error}") from error

@@ -44,7 +44,19 @@ def machine() -> dict:
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
-_THREADS_AT_IMPORT = torch.get_num_threads()
+
+def _default_threads() -> set[int]:
+    """What torch may have chosen by itself: the logical CPUs that it may use, or (with MKL) the cores that they lie in."""
+    if not hasattr(os, "sched_getaffinity"):
+        return {os.cpu_count()}
+    cpus, cores = os.sched_getaffinity(0), set()
+    for cpu in cpus:
+        try:
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+            cores.add(siblings.read_text(encoding="utf-8"))
+        except OSError:
+            cores.add(str(cpu))
+    return {len(cpus), len(cores)}
 
 
 def cgroup_quota(root: Path = Path("/")) -> float | None:
@@ -89,7 +101,7 @@ def respect_quota() -> None:
     the kernel in the middle of their work, while the others wait for them.
     """
     quota = cgroup_quota()
-    by_hand = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != _THREADS_AT_IMPORT
+    by_hand = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() not in _default_threads()
     if quota is not None and not by_hand and torch.get_num_threads() > max(1, int(quota)):
         torch.set_num_threads(max(1, int(quota)))
 

@@ -4,6 +4,9 @@ Each is a ``torch.library`` operator with a shape function, a backward operator 
 counter, so ``torch.compile``, ``torch.export``, meta tensors and ``FlopCounterMode`` all see it as one unit.
 Each equals the function of ``reference.py`` that its docstring names, on every device, up to rounding.
 
+On the CPU hash and gather run in the compiled kernels (``native.py``), forward and backward, for float32 and bfloat16;
+elsewhere, in float64, and with ``LOOKUPFFN_NATIVE=0`` in plain PyTorch.
+
 Differs from the textbook: the Hadamard of size ``D'`` is ``H_n (x) H_b`` with ``n = D'/b`` blocks, so ``H_b`` is
 multiplied into the blocks once a call (their gradient comes back through it) and only ``H_n`` acts on activations.
 """
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lookupffn import native
 from lookupffn.reference import STAGES, hadamard_matrix
 
 MAX_READS = 4  # cells read per table; more would need a search instead of the closed form below
@@ -150,8 +154,14 @@ def _bit_value(z: Tensor) -> Tensor:
     return 1 << torch.arange(z.shape[-1] - 1, -1, -1, dtype=torch.int32, device=z.device)
 
 
+def _kernels_hash(z: Tensor) -> bool:
+    return z.device.type == "cpu" and z.dtype == torch.float32 and native.available()
+
+
 @torch.library.custom_op("lookupffn::hash_codes", mutates_args=())
 def _hash_codes(z: Tensor, reads: int) -> tuple[Tensor, Tensor]:
+    if _kernels_hash(z):
+        return torch.ops.lookupffn.native_hash_codes(z, reads, "")
     m, bit_value = z.abs(), _bit_value(z)
     code = ((z > 0) * bit_value).sum(-1, dtype=torch.int32)
     total, probability = m.sum(-1), torch.sigmoid(2 * m).prod(-1)  # of the sign pattern; flips only lower them
@@ -183,6 +193,8 @@ def _(z, reads):
 
 @torch.library.custom_op("lookupffn::hash_codes_backward", mutates_args=())
 def _hash_codes_backward(grad: Tensor, z: Tensor, codes: Tensor) -> Tensor:
+    if _kernels_hash(z):
+        return torch.ops.lookupffn.native_hash_codes_backward(grad, z, codes, "")
     # A pattern that flips the set F has inner = sum m - 2 sum_F m and probability p; with score = inner p,
     # d score / dm_j = p + 2 score q_j with q_j = sigmoid(-2 m_j), less 2 p + 2 score where j is in F.
     m = z.abs()
@@ -236,8 +248,14 @@ def hash_codes(z: Tensor, reads: int = 1) -> tuple[Tensor, Tensor]:
 
 
 # ---- Gather --------------------------------------------------------------------------------------------------------
-# PyTorch's embedding_bag with weights is exactly this sum and never forms the (B, T, N, E) rows, neither forward nor
-# backward; a loop over tables is 2 to 5 times slower (benchmarked while this was written).
+# Without the kernels, PyTorch's embedding_bag with weights: it is exactly this sum and never forms the (B, T, N, E) rows,
+# neither forward nor backward; a loop over tables is 2 to 5 times slower (benchmarked while this was written).
+
+
+def _kernels_gather(tables: Tensor, codes: Tensor, scores: Tensor) -> bool:
+    fits = tables.device.type == "cpu" and tables.numel() > 0 and codes.shape[2] > 0
+    fits = fits and tables.dtype in (torch.float32, torch.bfloat16)
+    return fits and codes.dtype == torch.int32 and scores.dtype == torch.float32 and native.available()
 
 
 def _bags(tables: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,6 +269,8 @@ def _bags(tables: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("lookupffn::gather", mutates_args=())
 def _gather(tables: Tensor, codes: Tensor, scores: Tensor) -> Tensor:
+    if _kernels_gather(tables, codes, scores):
+        return torch.ops.lookupffn.native_gather(tables, codes, scores, "")
     flat, rows, offsets = _bags(tables, codes)
     weights = scores.to(tables.dtype).flatten()
     return F.embedding_bag(rows, flat, offsets, mode="sum", per_sample_weights=weights)
@@ -263,6 +283,8 @@ def _(tables, codes, scores):
 
 @torch.library.custom_op("lookupffn::gather_backward", mutates_args=())
 def _gather_backward(grad: Tensor, tables: Tensor, codes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    if _kernels_gather(tables, codes, scores):
+        return torch.ops.lookupffn.native_gather_backward(grad, tables, codes, scores, "")
     flat, rows, offsets = _bags(tables, codes)
     weights = scores.to(tables.dtype).flatten()
     bag = torch.arange(codes.shape[0], device=tables.device).repeat_interleave(codes.shape[1] * codes.shape[2])

@@ -11,6 +11,7 @@ that makes exact. Weights and tables are integers with a scale. Tables are cut i
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def pack(layer: LookupFFN, tables: str = "int8", projection: str = "int8") -> Te
             f"not {tables!r} and {projection!r}"
         )
     for name, parameter in layer.named_parameters():
-        if not parameter.isfinite().all():
+        if not parameter.float().isfinite().all():
             raise ValueError(f"{name} holds values that are not finite: this layer cannot be prepared")
     with torch.no_grad():
         fields, sections = _projection(layer, projection)
@@ -229,7 +230,7 @@ def _assemble(fields: dict, sections: dict[str, Tensor]) -> Tensor:
         if name in sections:
             position += _round_up(sections[name].nbytes, 64)
     header["total_bytes"] = position
-    packed = aligned_bytes(position)
+    packed = aligned_bytes(position).zero_()  # between sections too: the same layer is the same bytes
     packed[: HEADER.itemsize] = torch.frombuffer(bytearray(header.tobytes()), dtype=torch.uint8)
     for i, name in enumerate(SECTIONS):
         if name in sections:
@@ -261,23 +262,62 @@ def read_header(packed: Tensor) -> dict:
         h[name.replace("type", "dtype")] = list(types)[h[name]]
     if min(h[name] for name in _INTS[:5]) < 1 or min(h[name] for name in _INTS) < 0 or h["code_bits"] > 16:
         raise PackedError(f"its sizes are out of range: {', '.join(f'{name} {h[name]}' for name in _INTS)}")
-    if h["slice"] not in (64, 128):
-        raise PackedError(f"its slices are of {h['slice']} outputs, not 64 or 128")
     if h["total_bytes"] != packed.numel():
         raise PackedError(f"its header says {h['total_bytes']} bytes, but it has {packed.numel()}")
+    if wrong := [name for name, fits in _rules(h).items() if not fits]:
+        raise PackedError(f"its sizes do not fit each other: {', '.join(f'{name} is {h[name]}' for name in wrong)}")
     h["offset"] = dict(zip(SECTIONS, header["offset"].tolist(), strict=True))
     h["section_shape"] = _section_shapes(h)
     h["section_bytes"] = {
         name: int(np.prod([*shape, dtype.itemsize], dtype=object))
         for name, (dtype, shape) in h["section_shape"].items()
     }
-    for name, size in h["section_bytes"].items():
-        start = h["offset"][name]
-        if start % 64 or start + size > packed.numel():
+    position = _round_up(HEADER.itemsize, 64)
+    for name in SECTIONS:
+        start, size = h["offset"][name], h["section_bytes"].get(name, 0)
+        if start != position or position + size > packed.numel():
             raise PackedError(
-                f"its section {name}, {size} bytes from byte {start}, lies outside its {packed.numel()} bytes"
+                f"its section {name}, {size} bytes from byte {start}, should begin at {position} and end within its "
+                f"{packed.numel()} bytes"
             )
+        position += _round_up(size, 64)
+    if position != packed.numel():
+        raise PackedError(f"its sections end at byte {position}, but it has {packed.numel()}")
+    if "levels" in h["section_bytes"]:
+        start, most = h["offset"]["levels"], 127 if h["weight_dtype"] == "int8" else 32767
+        levels = packed[start : start + h["section_bytes"]["levels"]].clone().view(torch.float32)
+        if not ((levels >= 1) & (levels <= most)).all():
+            raise PackedError(f"its activation levels lie outside 1 to {most}")
     return h
+
+
+def _rules(h: dict) -> dict[str, bool]:
+    """Whether each field of a header fits the others; the same rules as in csrc/layer.cpp."""
+    rows, codes, outputs = 2 ** h["code_bits"], h["num_tables"] * h["code_bits"], h["blocks"] * h["block_out"]
+    negated = h["table_dtype"] == "int8" and h["reads"] > 1 and h["code_bits"] < 3
+    square = h["stages"] == 4 or h["blocks"] > 1 or h["residual"] != 0
+    rules = {
+        "reads": h["reads"] <= min(ops.MAX_READS, rows),
+        "table_rows": h["table_rows"] == rows * (1 + negated),
+        "slice": h["slice"] in (64, 128),
+        "reserved": h["reserved"] == 0,
+        "num_tables": codes <= 1 << 28 and (h["table_dtype"] != "int8" or h["num_tables"] * h["reads"] <= 66000),
+        "stages": h["stages"] in (0, 1, 4),
+        "scale": math.isfinite(h["scale"]),
+        "residual": math.isfinite(h["residual"]),
+    }
+    if not h["stages"]:
+        return rules | {"in_features": h["in_features"] == codes, "repeats": h["repeats"] == 1, "blocks": h["blocks"] == 1}
+    group = LANES * max(1, min(4, h["block_out"] // LANES))
+    inputs = h["blocks"] * h["block_in"]
+    return rules | {
+        "repeats": h["repeats"] >= 1 and codes <= h["repeats"] * outputs <= 1 << 28,
+        "blocks": h["blocks"] >= 1 and h["blocks"] & (h["blocks"] - 1) == 0 and max(inputs, outputs) <= 1 << 24,
+        "in_features": h["in_features"] <= inputs,
+        "block_in": h["block_in"] >= LANES and h["block_in"] % LANES == 0 and (not square or h["block_in"] == h["block_out"])
+        and (h["weight_dtype"] != "int8" or h["block_in"] <= 66000),
+        "block_out": h["block_out"] >= LANES and h["block_out"] % group == 0,
+    }
 
 
 def _section_shapes(h: dict) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -35,6 +35,11 @@ class Tiling:
     prefetch_rows: int = 128
     serial_tokens: int = 4
 
+    def __post_init__(self):
+        for name, least in (("tile_tokens", 1), ("groups_a_pass", 1), ("prefetch_rows", 0), ("serial_tokens", 0)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise ValueError(f"{name} must be an int of at least {least}, not {getattr(self, name)!r}")
+
 
 def cache_file() -> Path:
     """Where choices are kept: ``tiling.json`` in ``$LOOKUPFFN_CACHE``, else in ``~/.cache/lookupffn``."""
@@ -54,14 +59,14 @@ def choose_tiling(config: LookupConfig, packed: Tensor) -> Tiling:
     )
     try:
         return Tiling(**_read_cache()[key])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         pass
     chosen = _timed_choice(config, packed)
     try:
         cache_file().parent.mkdir(parents=True, exist_ok=True)
         known = _read_cache() | {key: dataclasses.asdict(chosen)}
         atomic_write(cache_file(), json.dumps(known, indent=1) + "\n")
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         pass
     return chosen
 
@@ -70,7 +75,7 @@ def _read_cache() -> dict:
     try:
         known = json.loads(cache_file().read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):
         return {}
 
 
