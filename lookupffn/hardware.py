@@ -46,7 +46,7 @@ def machine() -> dict:
 
 
 def _default_threads() -> set[int]:
-    """What torch may have chosen by itself: the logical CPUs that it may use, or (with MKL) the cores that they lie in."""
+    """What torch may have chosen by itself: the logical CPUs that it may use, or the cores that they lie in."""
     if not hasattr(os, "sched_getaffinity"):
         return {os.cpu_count()}
     cpus, cores = os.sched_getaffinity(0), set()

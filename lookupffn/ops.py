@@ -248,8 +248,8 @@ def hash_codes(z: Tensor, reads: int = 1) -> tuple[Tensor, Tensor]:
 
 
 # ---- Gather --------------------------------------------------------------------------------------------------------
-# Without the kernels, PyTorch's embedding_bag with weights: it is exactly this sum and never forms the (B, T, N, E) rows,
-# neither forward nor backward; a loop over tables is 2 to 5 times slower (benchmarked while this was written).
+# Without the kernels, PyTorch's embedding_bag with weights: it is exactly this sum and never forms the (B, T, N, E)
+# rows, neither forward nor backward; a loop over tables is 2 to 5 times slower (benchmarked while this was written).
 
 
 def _kernels_gather(tables: Tensor, codes: Tensor, scores: Tensor) -> bool:

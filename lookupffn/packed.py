@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lookupffn import native, ops  # noqa: F401  ops registers the operators
+from lookupffn import native, ops
 from lookupffn.layer import LookupFFN
 from lookupffn.reference import bh4_matrix, hadamard_matrix
 
@@ -307,14 +307,20 @@ def _rules(h: dict) -> dict[str, bool]:
         "residual": math.isfinite(h["residual"]),
     }
     if not h["stages"]:
-        return rules | {"in_features": h["in_features"] == codes, "repeats": h["repeats"] == 1, "blocks": h["blocks"] == 1}
+        return rules | {
+            "in_features": h["in_features"] == codes,
+            "repeats": h["repeats"] == 1,
+            "blocks": h["blocks"] == 1,
+        }
     group = LANES * max(1, min(4, h["block_out"] // LANES))
     inputs = h["blocks"] * h["block_in"]
     return rules | {
         "repeats": h["repeats"] >= 1 and codes <= h["repeats"] * outputs <= 1 << 28,
         "blocks": h["blocks"] >= 1 and h["blocks"] & (h["blocks"] - 1) == 0 and max(inputs, outputs) <= 1 << 24,
         "in_features": h["in_features"] <= inputs,
-        "block_in": h["block_in"] >= LANES and h["block_in"] % LANES == 0 and (not square or h["block_in"] == h["block_out"])
+        "block_in": h["block_in"] >= LANES
+        and h["block_in"] % LANES == 0
+        and (not square or h["block_in"] == h["block_out"])
         and (h["weight_dtype"] != "int8" or h["block_in"] <= 66000),
         "block_out": h["block_out"] >= LANES and h["block_out"] % group == 0,
     }

@@ -231,7 +231,7 @@ projecting = configs(("bh4", "dense")).map(
 )
 
 
-@examples(0.15, 40)
+@examples(0.1, 40)
 @given(projecting, inputs(), tilings, seeds)
 def test_float32_projections_err_no_more_than_twice_plain_torch(config, source, tiling, seed):
     layer = observer(config, seed)
