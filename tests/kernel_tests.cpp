@@ -345,11 +345,14 @@ struct Input {
 
   void set(int token, int i, float value) {
     const size_t at = size_t(token) * size_t(rows.stride) + size_t(i);
-    if (rows.bfloat16)
-      static_cast<uint16_t*>(rows.data)[at] = uint16_t(bits_of(value) >> 16);
-    else
+    if (rows.bfloat16) {
+      const uint16_t narrow = uint16_t(bits_of(value) >> 16);
+      static_cast<uint16_t*>(rows.data)[at] = narrow;
+      value = from_bf16(narrow);  // not with ?: below, which GCC 12 gets wrong at -O1
+    } else {
       static_cast<float*>(rows.data)[at] = value;
-    values[token][i] = rows.bfloat16 ? from_bf16(uint16_t(bits_of(value) >> 16)) : value;
+    }
+    values[token][i] = value;
   }
 };
 
