@@ -16,7 +16,7 @@ from lookupffn import LookupConfig, LookupFFN, native, ops, reference
 
 F64 = torch.float64
 EPS = 2.0**-24
-BF16 = 2.0**-9  # the rounding of a bfloat16 number, relative to it
+BF16 = 2.0**-8  # the rounding to bfloat16, relative to the number
 LEAST = 1e-37  # below this float32 loses digits
 IMPLEMENTATIONS = [i["name"] for i in native.implementations() if i["runs_here"]]
 TOKENS = [0, 1, 2, 255, 256, 257, 300]
@@ -67,7 +67,7 @@ def assert_within(got, exact, bound):
 
 
 def score_of_cells(z, codes):
-    """Scores (B, T, N) of cells (B, T, N) and their probabilities, in float64 and differentiable in ``z (B, T, tau)``."""
+    """Scores (B, T, N) of given cells (B, T, N), in float64 and differentiable in ``z (B, T, tau)``."""
     shifts = torch.arange(z.shape[-1] - 1, -1, -1)
     signs = (codes[..., None] >> shifts & 1) * 2.0 - 1  # (B, T, N, tau)
     along = z[:, :, None] * signs
@@ -90,9 +90,8 @@ def check_hash(isa, z, reads, plain_codes):
     # The codes: the sign pattern, then patterns that are no less probable than those of plain PyTorch, none twice.
     shifts = torch.arange(tau - 1, -1, -1)
     assert torch.equal(codes[..., 0], ((z > 0) << shifts).sum(-1, dtype=torch.int32))
-    inner, best = (
-        ((c[..., None] >> shifts & 1) * 2.0 - 1).mul(z.double()[:, :, None]).sum(-1) for c in (codes, plain_codes)
-    )
+    signs, best_signs = ((c[..., None] >> shifts & 1) * 2.0 - 1 for c in (codes, plain_codes))
+    inner, best = ((s * z.double()[:, :, None]).sum(-1) for s in (signs, best_signs))
     assert ((inner - best).abs() <= 8 * EPS * total).all()
     assert (codes.sort(-1).values.diff(dim=-1) != 0).all()
 
@@ -206,15 +205,17 @@ def check_gather(isa, table, codes, scores, grad):
     return y, grad_tables, grad_scores
 
 
-# Rows of 2**tau as a layer has them, and other numbers: packed slices and single rows, K below and above the tokens.
-GATHER_SHAPES = [(t, n, 2**b) for t, n, b in ((1, 1, 16), (3, 3, 8), (16, 1, 8), (17, 2, 1), (3, 4, 2), (16, 4, 1))]
+# T, N, K: fewer and more rows than tokens, so packed slices and single rows; K need not be a power of two.
+GATHER_SHAPES = [(1, 1, 2**16), (3, 3, 2**8), (16, 1, 2**8), (17, 2, 2), (3, 4, 4), (16, 4, 2), (3, 1, 100)]
 
 
 @every_implementation
 @every_dtype
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gather_and_its_gradients_equal_float64(width, dtype, isa, without_kernels):
-    for i, (tables, reads, rows) in enumerate([*GATHER_SHAPES, (3, 1, 100)]):
+    bound = 0.02 if dtype == torch.bfloat16 else 1e-5
+    for i, (tables, reads, rows) in enumerate(GATHER_SHAPES):
+        rows = min(rows, 2**20 // width)
         for tokens in TOKENS[i % 2 :: 2]:
             case = gather_case(tokens, tables, rows, reads, width, dtype, seed=i)
             table, codes, scores, grad = case
@@ -224,9 +225,7 @@ def test_gather_and_its_gradients_equal_float64(width, dtype, isa, without_kerne
                 *without_kernels(ops._gather_backward, grad, table, codes, scores),
             )
             for a, b in zip(ours, plain, strict=True):
-                assert (a.double() - b.double()).norm() <= (
-                    0.02 if dtype == torch.bfloat16 else 1e-5
-                ) * b.double().norm()
+                assert (a.double() - b.double()).norm() <= bound * b.double().norm()
 
 
 @property_test
@@ -307,11 +306,8 @@ def everything(z, reads, table, grad, isa):
 
 
 def whole_case(tokens, tables, tau, width, dtype):
-    return (
-        torch.randn(tokens, tables, tau),
-        torch.randn(tables, 2**tau, width).to(dtype),
-        torch.randn(tokens, width).to(dtype),
-    )
+    z, table, grad = torch.randn(tokens, tables, tau), torch.randn(tables, 2**tau, width), torch.randn(tokens, width)
+    return z, table.to(dtype), grad.to(dtype)
 
 
 # More work than is left to one thread; one slice and several, one table and many, packed slices and single rows.
@@ -398,10 +394,8 @@ def test_the_layers_operators_run_in_the_kernels(without_kernels):
     got_codes, got_scores = n.hash_codes(leaves[0], 2)
     got_y = n.gather(leaves[1], got_codes, got_scores)
     got_grads = torch.autograd.grad(got_y, (got_scores, *leaves), grad)
-    for a, b in zip(
-        (got_codes, got_scores, got_y, *got_grads), (codes, scores, y, grad_scores, grad_z, grad_tables), strict=True
-    ):
-        assert torch.equal(a, b)
+    expected = codes, scores, y, grad_scores, grad_z, grad_tables
+    assert all(map(torch.equal, (got_codes, got_scores, got_y, *got_grads), expected))
     assert not torch.equal(without_kernels(n.hash_codes, z, 2)[1], scores)  # other roundings, so another path
     narrow = table.bfloat16()
     assert torch.equal(n.gather(narrow, codes, scores), n.native_gather(narrow, codes, scores, ""))
