@@ -213,7 +213,7 @@ GATHER_SHAPES = [(1, 1, 2**16), (3, 3, 2**8), (16, 1, 2**8), (17, 2, 2), (3, 4, 
 @every_dtype
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gather_and_its_gradients_equal_float64(width, dtype, isa, without_kernels):
-    bound = 0.02 if dtype == torch.bfloat16 else 1e-5
+    bound = 0.1 if dtype == torch.bfloat16 else 1e-5  # plain PyTorch rounds every partial sum to bfloat16
     for i, (tables, reads, rows) in enumerate(GATHER_SHAPES):
         rows = min(rows, 2**20 // width)
         for tokens in TOKENS[i % 2 :: 2]:
