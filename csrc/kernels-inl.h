@@ -98,18 +98,18 @@ static void multiply(const Layer& l, int stage, const uint8_t* x, size_t x_bytes
     }
 }
 
-// One radix-2^kLevels pass of the unnormalised Walsh-Hadamard transform over blocks of `block` floats, `step` blocks apart, in place.
-template <int kLevels>
-static i32x16 butterfly_pass(float* y, int blocks, size_t block, int step) {
+// One radix-2^kLevels pass of the unnormalised Walsh-Hadamard transform over blocks of `block` floats, `step` blocks
+// apart; emit(i, v) takes 16 results, those of position i.
+template <int kLevels, typename Emit>
+LOOKUPFFN_INLINE void butterfly_pass(const float* y, int blocks, size_t block, int step, const Emit& emit) {
   constexpr int kRadix = 1 << kLevels;
-  i32x16 largest = zero_i32();
   for (int high = 0; high < blocks; high += kRadix * step)
     for (int low = 0; low < step; low++) {
-      float* first = y + (size_t)(high + low) * block;
-      for (size_t i = 0; i < block; i += 16) {
+      const size_t first = (size_t)(high + low) * block;
+      for (size_t i = first; i < first + block; i += 16) {
         f32x16 v[kRadix];
 #pragma GCC unroll 8
-        for (int j = 0; j < kRadix; j++) v[j] = load(first + (size_t)j * step * block + i);
+        for (int j = 0; j < kRadix; j++) v[j] = load(y + (size_t)j * step * block + i);
 #pragma GCC unroll 3
         for (int h = 1; h < kRadix; h *= 2)
 #pragma GCC unroll 8
@@ -120,25 +120,47 @@ static i32x16 butterfly_pass(float* y, int blocks, size_t block, int step) {
               v[j + h] = sub(a, b);
             }
 #pragma GCC unroll 8
-        for (int j = 0; j < kRadix; j++) {
-          largest = max(largest, abs_bits(v[j]));
-          store(first + (size_t)j * step * block + i, v[j]);
-        }
+        for (int j = 0; j < kRadix; j++) emit((size_t)j * step * block + i, v[j]);
       }
     }
-  return largest;
 }
 
-// H_n across the blocks of one token; returns the bits of the largest |y|, infinity and NaN being the largest.
+// H_n across the blocks of one token: y is overwritten, and emit takes the results.
+template <typename Emit>
+LOOKUPFFN_INLINE void butterflies(float* y, int blocks, size_t block, const Emit& emit) {
+  const auto in_place = [&](size_t i, f32x16 v) { store(y + i, v); };
+  int step = 1;
+  for (; blocks / step > 8; step *= 8) butterfly_pass<3>(y, blocks, block, step, in_place);
+  switch (blocks / step) {
+    case 8: return butterfly_pass<3>(y, blocks, block, step, emit);
+    case 4: return butterfly_pass<2>(y, blocks, block, step, emit);
+    case 2: return butterfly_pass<1>(y, blocks, block, step, emit);
+    default: return butterfly_pass<0>(y, blocks, block, step, emit);
+  }
+}
+
+// The same in place; returns the bits of the largest |y|.
 static int32_t butterflies(float* y, int blocks, size_t block) {
   i32x16 largest = zero_i32();
-  if (blocks == 1)
-    for (size_t i = 0; i < block; i += 16) largest = max(largest, abs_bits(load(y + i)));
-  int step = 1;
-  for (; blocks / step >= 8; step *= 8) largest = butterfly_pass<3>(y, blocks, block, step);
-  if (blocks / step == 4) largest = butterfly_pass<2>(y, blocks, block, step);
-  if (blocks / step == 2) largest = butterfly_pass<1>(y, blocks, block, step);
+  butterflies(y, blocks, block, [&](size_t i, f32x16 v) __attribute__((always_inline)) {
+    largest = max_abs_bits(largest, v);
+    store(y + i, v);
+  });
   return reduce_max(largest);
+}
+
+// z = factor * H_n y + residual * x + bias.
+static void butterflies_to_z(float* y, int blocks, size_t block, float factor, float residual, const float* x,
+                             const float* bias, float* z) {
+  const f32x16 scale_y = set1(factor), scale_x = set1(residual);
+  if (residual != 0)
+    butterflies(y, blocks, block, [&](size_t i, f32x16 v) __attribute__((always_inline)) {
+      store(z + i, add(add(mul(v, scale_y), mul(load(x + i), scale_x)), load(bias + i)));
+    });
+  else
+    butterflies(y, blocks, block, [&](size_t i, f32x16 v) __attribute__((always_inline)) {
+      store(z + i, add(mul(v, scale_y), load(bias + i)));
+    });
 }
 
 struct Step {
@@ -156,12 +178,18 @@ LOOKUPFFN_INLINE Step quantisation_step(int32_t largest_bits, float levels) {
 
 static void quantise(WeightType type, const float* values, int width, float per_unit, uint8_t* out) {
   const f32x16 factor = set1(per_unit);
-  if (type == WeightType::kInt8) {
-    const i32x16 offset = set1((int32_t)128);
-    for (int i = 0; i < width; i += 16) store_u8(out + i, add(round_to_int(mul(load(values + i), factor)), offset));
-  } else {
-    for (int i = 0; i < width; i += 16) store_16(out + 2 * i, round_to_int(mul(load(values + i), factor)));
+  const auto integers = [&](int i) __attribute__((always_inline)) { return round_to_int(mul(load(values + i), factor)); };
+  int i = 0;
+  if (type == WeightType::kInt16) {
+    for (; i < width; i += 16) store_16(out + 2 * i, integers(i));
+    return;
   }
+  for (; i + 64 <= width; i += 64) {
+    const i32x16 four[4] = {integers(i), integers(i + 16), integers(i + 32), integers(i + 48)};
+    store_offset_u8(out + i, four);
+  }
+  const i32x16 offset = set1((int32_t)128);
+  for (; i < width; i += 16) store_u8(out + i, add(integers(i), offset));
 }
 
 // x in float32, padded with zeros to `width`.
@@ -238,59 +266,48 @@ static void project(const Layer& l, Rows x, int64_t token, int tokens, int first
         else
           multiply<WeightType::kInt16>(l, index, input, q_bytes, tokens, sums);
       }
-      if (l.h.blocks > 1 || (integer && stage + 1 < stages))
+      if (stage + 1 < stages)
         for (int t = 0; t < tokens; t++) largest[t] = butterflies(sums + (size_t)t * out, l.h.blocks, l.h.block_out);
     }
     const float* unit = s.unit[stages > 1];
-    const f32x16 residual = set1(l.h.residual);
-    for (int t = 0; t < tokens; t++) {
-      const f32x16 factor = set1(integer ? l.h.scale * unit[t] : l.h.scale);
-      const float *y = sums + (size_t)t * out, *row = rows + t * stride, *bias = l.code_bias + (size_t)r * out;
-      float* z_row = z + (size_t)t * l.z_stride + (size_t)r * out;
-      if (l.h.residual != 0)
-        for (int i = 0; i < out; i += 16)
-          store(z_row + i, add(add(mul(load(y + i), factor), mul(load(row + i), residual)), load(bias + i)));
-      else
-        for (int i = 0; i < out; i += 16) store(z_row + i, add(mul(load(y + i), factor), load(bias + i)));
-    }
+    for (int t = 0; t < tokens; t++)
+      butterflies_to_z(sums + (size_t)t * out, l.h.blocks, l.h.block_out, integer ? l.h.scale * unit[t] : l.h.scale,
+                       l.h.residual, rows + t * stride, l.code_bias + (size_t)r * out,
+                       z + (size_t)t * l.z_stride + (size_t)r * out);
   }
 }
 
 // ---- Hash ------------------------------------------------------------------------------------------------------------
 
-// exp(-2 m) for m >= 0, 2 ulp; multiply and add apart, so that it is the same bits everywhere.
+// exp(-2 m) for m >= 0, 3 ulp; multiply and add apart, so that it is the same bits everywhere.
 LOOKUPFFN_INLINE f32x16 exp_minus_2(f32x16 m) {
-  const f32x16 least = set1(-126.0f);
-  f32x16 t = mul(m, set1(-2.885390081777927f));  // -2 / ln 2
-  t = select(less(t, least), least, t);
-  const i32x16 n = round_to_int(t);
-  const f32x16 f = sub(t, to_float(n));  // in [-1/2, 1/2]
-  f32x16 p = set1(1.535336188319500e-4f);  // 2^f, the polynomial of Cephes' exp2f
-  p = add(mul(p, f), set1(1.339887440266574e-3f));
-  p = add(mul(p, f), set1(9.618437357674640e-3f));
-  p = add(mul(p, f), set1(5.550332471162809e-2f));
-  p = add(mul(p, f), set1(2.402264791363012e-1f));
-  p = add(mul(p, f), set1(6.931472028550421e-1f));
-  p = add(mul(p, f), set1(1.0f));
-  return mul(p, power_of_two(n));
+  const f32x16 t = max(set1(-126.0f), mul(m, set1(-2.885390081777927f)));  // -2 / ln 2; a NaN stays one
+  const f32x16 n = round(t), f = sub(t, n), f2 = mul(f, f);                // f in [-1/2, 1/2]
+  // 2^f, Chebyshev's fit of degree 5, as a tree: the chain of operations is what takes the time here, not their number
+  const f32x16 low = add(mul(f, set1(0.6931471880f)), set1(1.0f));
+  const f32x16 middle = add(mul(f, set1(5.5503571142e-2f)), set1(0.2402210749f));
+  const f32x16 high = add(mul(f, set1(1.3390863365e-3f)), set1(9.6760319183e-3f));
+  return scale(add(mul(add(mul(high, f2), middle), f2), low), n);
 }
 
 // Sixteen tables of one token: z (16, tau) to `reads` vectors of codes and scores, nearest cell first.
 template <int kBits, int kReads>
 LOOKUPFFN_INLINE void hash_group(const float* z, int code_bits, int tables, uint16_t* codes, float* scores) {
   const int bits = kBits ? kBits : code_bits;
-  f32x16 v[16];
-#pragma GCC unroll 16
-  for (int t = 0; t < 16; t++) v[t] = load(z + t * bits);  // reads on behind the last table: z has the room
-  transpose(v);                                             // v[j]: bit j of sixteen tables
+  f32x16 v[16];  // v[j]: bit j of sixteen tables
+  if (kBits == 8) {
+    load_transposed_8(z, v);
+  } else {
+    for (int t = 0; t < 16; t++) v[t] = load(z + t * bits);  // reads on behind the last table: z has the room
+    transpose(v);
+  }
 
   const f32x16 infinity = set1(__builtin_inff()), zero = zero_f32(), one = set1(1.0f);
   f32x16 total = zero, product = one;      // sum_j m_j, prod_j (1 + exp(-2 m_j))
   f32x16 least[3] = {infinity, infinity, infinity};  // the smallest m, in order; a tie goes to the bit that comes first
   i32x16 least_bit[3] = {zero_i32(), zero_i32(), zero_i32()};
   i32x16 code = zero_i32();
-#pragma GCC unroll 16
-  for (int j = 0; j < bits; j++) {
+  const auto take_bit = [&](int j) __attribute__((always_inline)) {
     const i32x16 bit = set1((int32_t)(1 << (bits - 1 - j)));
     const f32x16 m = abs(v[j]);
     code = bit_or(code, select(less(zero, v[j]), bit, zero_i32()));
@@ -310,6 +327,13 @@ LOOKUPFFN_INLINE void hash_group(const float* z, int code_bits, int tables, uint
         least_bit[k] = select(smaller[k], value_bit, least_bit[k]);
       }
     }
+  };
+  if (kBits) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kBits; j++) take_bit(j);
+  } else {
+#pragma GCC unroll 1
+    for (int j = 0; j < bits; j++) take_bit(j);
   }
 
   const i32x16 lane = load(kLaneIndex);

@@ -59,11 +59,14 @@ LOOKUPFFN_INLINE i32x16 abs_bits(f32x16 x) {
   const f32x16 m = abs(x);
   return {_mm256_castps_si256(m.a), _mm256_castps_si256(m.b)};
 }
-LOOKUPFFN_INLINE f32x16 power_of_two(i32x16 n) {
-  const __m256i bias = _mm256_set1_epi32(127);
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.a, bias), 23)),
-          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.b, bias), 23))};
+LOOKUPFFN_INLINE i32x16 max_abs_bits(i32x16 largest, f32x16 x) { return max(largest, abs_bits(x)); }
+LOOKUPFFN_INLINE f32x16 max(f32x16 x, f32x16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+LOOKUPFFN_INLINE __m256 round_half(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+LOOKUPFFN_INLINE f32x16 round(f32x16 x) { return {round_half(x.a), round_half(x.b)}; }
+LOOKUPFFN_INLINE __m256 power_of_two(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
+LOOKUPFFN_INLINE f32x16 scale(f32x16 x, f32x16 n) { return mul(x, {power_of_two(n.a), power_of_two(n.b)}); }
 
 LOOKUPFFN_INLINE mask16 less(f32x16 x, f32x16 y) {
   return {_mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)), _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
@@ -90,6 +93,15 @@ LOOKUPFFN_INLINE void store_u8(uint8_t* p, i32x16 x) {
 }
 LOOKUPFFN_INLINE i32x16 load_u16(const uint16_t* p) {
   return {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+
+LOOKUPFFN_INLINE void store_offset_u8(uint8_t* p, const i32x16 a[4]) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int i = 0; i < 4; i += 2) {
+    const __m256i low = _mm256_packs_epi32(a[i].a, a[i].b), high = _mm256_packs_epi32(a[i + 1].a, a[i + 1].b);
+    const __m256i offset = _mm256_xor_si256(_mm256_packs_epi16(low, high), _mm256_set1_epi8((char)0x80));
+    _mm256_storeu_si256((__m256i*)(p + 16 * i), _mm256_permutevar8x32_epi32(offset, order));
+  }
 }
 
 LOOKUPFFN_INLINE f32x16 load_bf16(const uint16_t* p) {
@@ -202,5 +214,13 @@ LOOKUPFFN_INLINE void transpose(f32x16 r[16]) {
   for (int i = 0; i < 8; i++) {
     r[i].b = p[i];
     r[8 + i].a = q[i];
+  }
+}
+LOOKUPFFN_INLINE void load_transposed_8(const float* p, f32x16 r[8]) {
+  for (int half = 0; half < 2; half++) {
+    __m256 q[8];
+    for (int i = 0; i < 8; i++) q[i] = _mm256_loadu_ps(p + 64 * half + 8 * i);
+    transpose_8x8(q);
+    for (int i = 0; i < 8; i++) (half ? r[i].b : r[i].a) = q[i];
   }
 }

@@ -37,9 +37,12 @@ LOOKUPFFN_INLINE int32_t reduce_max(i32x16 a) { return _mm512_reduce_max_epi32(a
 LOOKUPFFN_INLINE f32x16 to_float(i32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 LOOKUPFFN_INLINE i32x16 round_to_int(f32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
 LOOKUPFFN_INLINE i32x16 abs_bits(f32x16 a) { return {_mm512_castps_si512(_mm512_abs_ps(a.v))}; }
-LOOKUPFFN_INLINE f32x16 power_of_two(i32x16 n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
+LOOKUPFFN_INLINE i32x16 max_abs_bits(i32x16 largest, f32x16 a) {
+  return {_mm512_castps_si512(_mm512_range_ps(_mm512_castsi512_ps(largest.v), a.v, 11))};  // 11: the larger magnitude
 }
+LOOKUPFFN_INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+LOOKUPFFN_INLINE f32x16 round(f32x16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+LOOKUPFFN_INLINE f32x16 scale(f32x16 a, f32x16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
 LOOKUPFFN_INLINE mask16 less(f32x16 a, f32x16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 LOOKUPFFN_INLINE mask16 less(i32x16 a, i32x16 b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
@@ -50,6 +53,14 @@ LOOKUPFFN_INLINE void store_u8(uint8_t* p, i32x16 a) { _mm_storeu_si128((__m128i
 LOOKUPFFN_INLINE void store_16(void* p, i32x16 a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(a.v)); }
 LOOKUPFFN_INLINE i32x16 load_u16(const uint16_t* p) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))};
+}
+
+LOOKUPFFN_INLINE void store_offset_u8(uint8_t* p, const i32x16 a[4]) {
+  const __m512i low = _mm512_packs_epi32(a[0].v, a[1].v), high = _mm512_packs_epi32(a[2].v, a[3].v);
+  const __m512i bytes = _mm512_packs_epi16(low, high);  // of each vector four lanes in every quarter
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i offset = _mm512_xor_si512(bytes, _mm512_set1_epi8((char)0x80));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, offset));
 }
 
 LOOKUPFFN_INLINE f32x16 load_bf16(const uint16_t* p) { return {_mm512_castsi512_ps(_mm512_slli_epi32(load_u16(p).v, 16))}; }
@@ -133,5 +144,28 @@ LOOKUPFFN_INLINE void transpose(f32x16 r[16]) {
     r[8 + i].v = _mm512_shuffle_f32x4(low, low2, 0xdd);
     r[4 + i].v = _mm512_shuffle_f32x4(high, high2, 0x88);
     r[12 + i].v = _mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+}
+LOOKUPFFN_INLINE void load_transposed_8(const float* p, f32x16 r[8]) {
+  __m512 a[8], b[8];
+  for (int i = 0; i < 8; i++) {  // rows i and i + 8
+    const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(p + 8 * i));
+    a[i] = _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(low), _mm256_castps_pd(_mm256_loadu_ps(p + 8 * i + 64)), 1));
+  }
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)  // a[4k + c]: columns c and 4 + c of rows 4k to 4k + 3, then those of rows 8 more
+    for (int c = 0; c < 2; c++) {
+      const __m512d even = _mm512_castps_pd(b[i + c]), odd = _mm512_castps_pd(b[i + c + 2]);
+      a[i + 2 * c] = _mm512_castpd_ps(_mm512_unpacklo_pd(even, odd));
+      a[i + 2 * c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd));
+    }
+  const __m512i columns = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+  const __m512i later = _mm512_add_epi32(columns, _mm512_set1_epi32(4));
+  for (int c = 0; c < 4; c++) {
+    r[c].v = _mm512_permutex2var_ps(a[c], columns, a[4 + c]);
+    r[4 + c].v = _mm512_permutex2var_ps(a[c], later, a[4 + c]);
   }
 }

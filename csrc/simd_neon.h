@@ -56,7 +56,12 @@ LOOKUPFFN_INLINE int32x4_t left_16(int32x4_t x) { return vshlq_n_s32(x, 16); }
 LOOKUPFFN_INLINE int32x4_t left_23(int32x4_t x) { return vshlq_n_s32(x, 23); }
 LOOKUPFFN_INLINE i32x16 shift_16(i32x16 x) { return LOOKUPFFN_1(left_16); }
 LOOKUPFFN_INLINE i32x16 shift_23(i32x16 x) { return LOOKUPFFN_1(left_23); }
-LOOKUPFFN_INLINE f32x16 power_of_two(i32x16 n) { return float_of(shift_23(add(n, set1((int32_t)127)))); }
+LOOKUPFFN_INLINE i32x16 max_abs_bits(i32x16 largest, f32x16 x) { return max(largest, abs_bits(x)); }
+LOOKUPFFN_INLINE f32x16 max(f32x16 x, f32x16 y) { return LOOKUPFFN_2(vmaxq_f32); }
+LOOKUPFFN_INLINE f32x16 round(f32x16 x) { return LOOKUPFFN_1(vrndnq_f32); }
+LOOKUPFFN_INLINE f32x16 scale(f32x16 a, f32x16 n) {
+  return mul(a, float_of(shift_23(add(round_to_int(n), set1((int32_t)127)))));
+}
 
 LOOKUPFFN_INLINE mask16 less(f32x16 x, f32x16 y) { return LOOKUPFFN_2(vcltq_f32); }
 LOOKUPFFN_INLINE mask16 less(i32x16 x, i32x16 y) { return LOOKUPFFN_2(vcltq_s32); }
@@ -72,6 +77,9 @@ LOOKUPFFN_INLINE void store_16(void* p, i32x16 x) {
 }
 LOOKUPFFN_INLINE void store_u8(uint8_t* p, i32x16 x) {
   vst1q_u8(p, vuzp1q_u8(vreinterpretq_u8_u16(low_halves(x.a, x.b)), vreinterpretq_u8_u16(low_halves(x.c, x.d))));
+}
+LOOKUPFFN_INLINE void store_offset_u8(uint8_t* p, const i32x16 x[4]) {
+  for (int i = 0; i < 4; i++) store_u8(p + 16 * i, add(x[i], set1((int32_t)128)));
 }
 LOOKUPFFN_INLINE i32x16 load_u16(const uint16_t* p) {
   const uint16x8_t x = vld1q_u16(p), y = vld1q_u16(p + 8), zero = vdupq_n_u16(0);
@@ -210,6 +218,18 @@ LOOKUPFFN_INLINE void transpose(f32x16 r[16]) {
   LOOKUPFFN_QUARTERS(d, 3, d, 3)
 }
 #undef LOOKUPFFN_QUARTERS
+#define LOOKUPFFN_FOUR_ROWS(i, quarter)                                                                          \
+  for (int j = 0; j < 8; j += 4) {                                                                               \
+    for (int k = 0; k < 4; k++) r[j + k].quarter = vld1q_f32(p + 32 * i + 8 * k + j);                            \
+    transpose_4x4(r[j].quarter, r[j + 1].quarter, r[j + 2].quarter, r[j + 3].quarter);                           \
+  }
+LOOKUPFFN_INLINE void load_transposed_8(const float* p, f32x16 r[8]) {
+  LOOKUPFFN_FOUR_ROWS(0, a)
+  LOOKUPFFN_FOUR_ROWS(1, b)
+  LOOKUPFFN_FOUR_ROWS(2, c)
+  LOOKUPFFN_FOUR_ROWS(3, d)
+}
+#undef LOOKUPFFN_FOUR_ROWS
 #undef LOOKUPFFN_1
 #undef LOOKUPFFN_2
 #undef LOOKUPFFN_3
