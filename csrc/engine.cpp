@@ -15,7 +15,8 @@ namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-constexpr int64_t kChunk = 2048;  // tokens whose codes and scores wait in memory at once
+constexpr int64_t kChunk = 2048;         // tokens whose codes and scores wait in memory at once
+constexpr size_t kEarlyBytes = 1 << 19;  // of rows that may be asked for before the first is read
 
 // Round to nearest and flush denormals inside; the caller's control and status flags are put back as they were found.
 class FloatState {
@@ -76,7 +77,7 @@ struct TileScratch : ProjectScratch {
   TileScratch(Arena& arena, const Layer& l, int tile) {
     const size_t t = tile;
     const size_t widths = t * (l.width_in * (sizeof(float) + 4) + 2 * l.width_out * sizeof(float) + 8);
-    arena.reserve(widths + t * l.z_stride * sizeof(float) + l.slots * sizeof(float) + 16 * 128);
+    arena.reserve(widths + t * (l.z_stride + l.slots) * sizeof(float) + 16 * 128);
     rows = arena.take<float>(t * l.width_in);
     sums[0] = arena.take<float>(t * l.width_out);
     sums[1] = arena.take<float>(t * l.width_out);
@@ -85,7 +86,7 @@ struct TileScratch : ProjectScratch {
     unit[0] = arena.take<float>(t);
     unit[1] = arena.take<float>(t);
     z = arena.take<float>(t * l.z_stride);
-    scores = arena.take<float>(l.slots);
+    scores = arena.take<float>(t * l.slots);
   }
 };
 
@@ -96,13 +97,19 @@ struct Reads {
   float* steps;     // [chunk], int8 only
 };
 
-void hash_token(const Kernels& k, const Layer& l, const float* z, int64_t token, float* scratch, const Reads& reads) {
-  uint16_t* codes = reads.codes + token * l.slots;
-  if (l.h.table_type == TableType::kInt8) {
-    k.hash(l, z, codes, scratch);
-    reads.steps[token] = k.quantise_scores(l, scratch, codes, static_cast<uint8_t*>(reads.scores) + token * l.slots);
-  } else {
-    k.hash(l, z, codes, static_cast<float*>(reads.scores) + token * l.slots);
+// Groups [first, last) of a tile's tokens, the first of which is `token` of its chunk: codes and scores from z, and with
+// the last group all scores quantised. `early` asks for the rows at once.
+void hash_tile(const Kernels& k, const Layer& l, int first, int last, const float* z, int64_t token, int tokens,
+               bool early, float* scratch, const Reads& reads) {
+  const bool quantised = l.h.table_type == TableType::kInt8;
+  for (int t = 0; t < tokens; t++) {
+    const size_t slot = size_t(token + t) * l.slots;
+    uint16_t* const codes = reads.codes + slot;
+    float* const scores = quantised ? scratch + size_t(t) * l.slots : static_cast<float*>(reads.scores) + slot;
+    k.hash(l, first, last, z + size_t(t) * l.z_stride, codes, scores);
+    if (early) k.prefetch_rows(l, first, last, codes);
+    if (quantised && last == l.groups)
+      reads.steps[token + t] = k.quantise_scores(l, scores, codes, static_cast<uint8_t*>(reads.scores) + slot);
   }
 }
 
@@ -115,8 +122,12 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
   const int tile = std::max(1, std::min({tiling.tile_tokens, kMaxTile, int(std::min<int64_t>(tokens, kMaxTile))}));
   const int pass = std::max(1, std::min(tiling.groups_a_pass, l.groups));
   const int rows_a_pass = pass * l.h.reads * kLanes;
-  const int ahead = (std::max(tiling.prefetch_rows, 0) + rows_a_pass - 1) / rows_a_pass;  // in tokens
   const bool serial = stages || threads.count <= 1 || tokens <= tiling.serial_tokens;
+  // Few tokens read rows that lie in memory: rows are asked for as soon as their codes are known, those of one repeat of
+  // the projection while the next is computed.
+  const bool early = serial && size_t(tokens) * l.slots * l.slices * l.slice_bytes <= kEarlyBytes;
+  const int64_t wanted = (std::max(tiling.prefetch_rows, 0) + rows_a_pass - 1) / rows_a_pass;  // tokens
+  const int ahead = int(std::min(wanted, tokens - 1));
   const auto run = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     const auto guarded = [&](int64_t begin, int64_t end) {
       FloatState state;
@@ -136,6 +147,11 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
                        shared_arena.take<float>(chunk)};
   float* const shared_z = shared_arena.take<float>(size_t(tile) * l.z_stride);
 
+  const int parts = early ? l.h.repeats : 1;
+  const auto groups_of = [&l](int repeats) {
+    return int(std::min<int64_t>(int64_t(repeats) * l.width_out / (kLanes * l.h.code_bits), l.groups));
+  };
+
   for (int64_t start = 0; start < tokens; start += chunk) {
     const int64_t count = std::min(chunk, tokens - start);
     const int64_t tiles = (count + tile - 1) / tile;
@@ -148,20 +164,24 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
       });
       run(1, [&](int64_t, int64_t) {
         TileScratch s(tile_arena, l, tile);
-        for (int64_t t = 0; t < count; t++) hash_token(k, l, shared_z + t * l.z_stride, t, s.scores, reads);
+        hash_tile(k, l, 0, l.groups, shared_z, 0, int(count), false, s.scores, reads);
       });
     } else {
       run(tiles, [&](int64_t first, int64_t last) {
         TileScratch s(tile_arena, l, tile);
         for (int64_t i = first; i < last; i++) {
           const int in_tile = int(std::min<int64_t>(tile, count - i * tile));
-          const double before = stages ? now() : 0;
-          k.project(l, x, start + i * tile, in_tile, 0, l.h.repeats, s.z, s);
-          const double between = stages ? now() : 0;
-          for (int t = 0; t < in_tile; t++) hash_token(k, l, s.z + size_t(t) * l.z_stride, i * tile + t, s.scores, reads);
-          if (stages) {
-            stages->project += between - before;
-            stages->hash += now() - between;
+          for (int part = 0, hashed = 0; part < parts; part++) {
+            const int repeats = l.h.repeats / parts, ready = part + 1 == parts ? l.groups : groups_of(part + 1);
+            const double before = stages ? now() : 0;
+            k.project(l, x, start + i * tile, in_tile, part * repeats, (part + 1) * repeats, s.z, s);
+            const double between = stages ? now() : 0;
+            hash_tile(k, l, hashed, ready, s.z, i * tile, in_tile, early, s.scores, reads);
+            hashed = ready;
+            if (stages) {
+              stages->project += between - before;
+              stages->hash += now() - between;
+            }
           }
         }
       });

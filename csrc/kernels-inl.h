@@ -277,6 +277,11 @@ static void project(const Layer& l, Rows x, int64_t token, int tokens, int first
   }
 }
 
+LOOKUPFFN_INLINE int tables_of_group(const Layer& l, int g) {
+  const int left = l.h.num_tables - 16 * g;
+  return left < 16 ? left : 16;
+}
+
 // ---- Hash ------------------------------------------------------------------------------------------------------------
 
 // exp(-2 m) for m >= 0, 3 ulp; multiply and add apart, so that it is the same bits everywhere.
@@ -356,10 +361,10 @@ LOOKUPFFN_INLINE void hash_group(const float* z, int code_bits, int tables, uint
 }
 
 template <int kReads>
-LOOKUPFFN_INLINE void hash_groups(const Layer& l, const float* z, uint16_t* codes, float* scores) {
+LOOKUPFFN_INLINE void hash_groups(const Layer& l, int first, int last, const float* z, uint16_t* codes, float* scores) {
   const int bits = l.h.code_bits;
-  for (int g = 0; g < l.groups; g++) {
-    const int tables = l.h.num_tables - 16 * g;
+  for (int g = first; g < last; g++) {
+    const int tables = tables_of_group(l, g);
     const float* z_group = z + (size_t)g * 16 * bits;
     const size_t slot = (size_t)g * 16 * kReads;
     if (bits == 8)
@@ -369,12 +374,26 @@ LOOKUPFFN_INLINE void hash_groups(const Layer& l, const float* z, uint16_t* code
   }
 }
 
-static void hash(const Layer& l, const float* z, uint16_t* codes, float* scores) {
+static void hash(const Layer& l, int first, int last, const float* z, uint16_t* codes, float* scores) {
   switch (l.h.reads) {
-    case 1: return hash_groups<1>(l, z, codes, scores);
-    case 2: return hash_groups<2>(l, z, codes, scores);
-    case 3: return hash_groups<3>(l, z, codes, scores);
-    default: return hash_groups<4>(l, z, codes, scores);
+    case 1: return hash_groups<1>(l, first, last, z, codes, scores);
+    case 2: return hash_groups<2>(l, first, last, z, codes, scores);
+    case 3: return hash_groups<3>(l, first, last, z, codes, scores);
+    default: return hash_groups<4>(l, first, last, z, codes, scores);
+  }
+}
+
+static void prefetch_rows(const Layer& l, int first, int last, const uint16_t* codes) {
+  const size_t table_bytes = (size_t)l.h.table_rows * l.slice_bytes, slice_bytes = l.h.num_tables * table_bytes;
+  for (int slice = 0; slice < l.slices; slice++) {
+    const uint16_t* code = codes + (size_t)first * l.h.reads * 16;
+    for (int g = first; g < last; g++) {
+      const uint8_t* tables = l.tables + slice * slice_bytes + (size_t)g * 16 * table_bytes;
+      for (int n = 0; n < l.h.reads; n++, code += 16)
+        for (int t = 0; t < tables_of_group(l, g); t++)
+          for (size_t line = 0; line < l.slice_bytes; line += 64)
+            prefetch_l2(tables + t * table_bytes + code[t] * l.slice_bytes + line);
+    }
   }
 }
 
@@ -430,11 +449,6 @@ struct GatherCall {
   void* sums;
   int64_t ahead;          // tokens whose rows are asked for early; 0 for none
 };
-
-LOOKUPFFN_INLINE int tables_of_group(const Layer& l, int g) {
-  const int left = l.h.num_tables - 16 * g;
-  return left < 16 ? left : 16;
-}
 
 // kLines cache lines a row; kSums = 4 kLines.
 template <int kLines, bool kPrefetch>

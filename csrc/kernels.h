@@ -31,8 +31,12 @@ struct Kernels {
   // z of `tokens` tokens for the repeats [first, last): reference.bh4 or a dense product, plus the bias.
   void (*project)(const Layer&, Rows x, int64_t token, int tokens, int first, int last, float* z, const ProjectScratch&);
 
-  // One token: codes and scores [slots] from z, reference.sign_codes, sign_score, nearest_cells. Padding scores 0.
-  void (*hash)(const Layer&, const float* z, uint16_t* codes, float* scores);
+  // One token, groups [first, last): codes and scores [slots] from z, reference.sign_codes, sign_score, nearest_cells.
+  // Padding scores 0.
+  void (*hash)(const Layer&, int first, int last, const float* z, uint16_t* codes, float* scores);
+
+  // Asks for the rows of one token's codes, groups [first, last), all slices.
+  void (*prefetch_rows)(const Layer&, int first, int last, const uint16_t* codes);
 
   // One token, int8 tables: scores times the tables' scales to integers of 0 to 127, a sign to the code; the step.
   float (*quantise_scores)(const Layer&, float* scores, uint16_t* codes, uint8_t* quantised);

@@ -128,6 +128,7 @@ LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 x) {
   return {_mm256_castsi256_ps(_mm256_and_si256(x.a, high)), _mm256_castsi256_ps(_mm256_and_si256(x.b, high))};
 }
 LOOKUPFFN_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+LOOKUPFFN_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 LOOKUPFFN_INLINE bytes64 broadcast_word(const void* p) {
   int word;

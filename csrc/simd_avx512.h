@@ -79,6 +79,7 @@ LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32((int)0xffff0000)))};
 }
 LOOKUPFFN_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+LOOKUPFFN_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
 LOOKUPFFN_INLINE f32x16 dot_f32(f32x16 acc, bytes64 x, bytes64 w) {
   return {_mm512_fmadd_ps(_mm512_castsi512_ps(x.v), _mm512_castsi512_ps(w.v), acc.v)};

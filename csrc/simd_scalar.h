@@ -103,6 +103,7 @@ LOOKUPFFN_INLINE bytes64 load_bytes(const void* p) { return {read<Words>(p)}; }
 LOOKUPFFN_INLINE f32x16 low_bf16(bytes64 a) { return {(Floats)(a.v << 16)}; }
 LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 a) { return {(Floats)(a.v & 0xffff0000u)}; }
 LOOKUPFFN_INLINE void prefetch(const void*) {}
+LOOKUPFFN_INLINE void prefetch_l2(const void*) {}
 
 // acc[i] += <word i of x, word i of w>, a word being one float, two int16 or four bytes.
 LOOKUPFFN_INLINE bytes64 broadcast_word(const void* p) { return {read<uint32_t>(p) + Words{}}; }

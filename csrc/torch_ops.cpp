@@ -109,7 +109,7 @@ std::string all_implementations() {  // one a line: name, tab, runs here, tab, n
 STABLE_TORCH_LIBRARY_FRAGMENT(lookupffn, m) {
   m.def(
       "prepared(Tensor x, Tensor packed, int out_features, int tile_tokens, int groups_a_pass, int prefetch_rows, "
-      "int serial_tokens, str isa) -> Tensor");
+      "int serial_tokens, str isa='') -> Tensor");
   m.def("stage_seconds(Tensor x, Tensor packed, int tile_tokens, int groups_a_pass, int prefetch_rows) -> Tensor");
   m.def("read_lines(Tensor memory, Tensor lines, int rounds) -> int");
   m.def("check_packed(Tensor packed) -> str");

@@ -31,7 +31,7 @@ static void hash_rows(const float* z, int64_t rows, int64_t begin, int64_t end, 
   uint16_t code[16 * kMaxReads];
   for (int64_t row = begin; row < end; row += 16) {
     const int count = layer.h.num_tables = end - row < 16 ? (int)(end - row) : 16;
-    hash(layer, whole_rows(z, rows, row, bits, copy), code, score);
+    hash(layer, 0, layer.groups, whole_rows(z, rows, row, bits, copy), code, score);
     int32_t* code_row = codes + row * reads;
     float* score_row = scores + row * reads;
     if (reads == 1 && count == 16) {
@@ -319,6 +319,6 @@ static void scatter_slice(const float* packed, float* sums, const float* grad, c
   }
 }
 
-static const Kernels kKernels = {LOOKUPFFN_NAME, project,       hash,         quantise_scores, gather,
-                                 read_lines,     hash_rows,     hash_rows_backward, pack_slice, pack_rows,
-                                 unpack_slice,   transpose_words, gather_slice, gather_token,  scatter_slice};
+static const Kernels kKernels = {LOOKUPFFN_NAME,  project,      hash,         prefetch_rows, quantise_scores, gather,
+                                 read_lines,      hash_rows,    hash_rows_backward, pack_slice, pack_rows, unpack_slice,
+                                 transpose_words, gather_slice, gather_token, scatter_slice};

@@ -2,7 +2,8 @@
 
 1 and 8 tokens go through a chain of 12 different layers, as in a model, so that weights come from where they really
 lie; more tokens go through one layer. No layer norm on either side. Weights are random, so codes are spread evenly over
-all rows: the hardest case for the caches, a trained model's are not.
+all rows, and the lookup's input changes from call to call, so that its rows are not those of the call before: the
+hardest case for the caches, which a trained model is not. A dense FFN reads the same weights whatever its input is.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from lookupffn.timing import Timing, time_interleaved
 CHAIN = 12
 CHAINED_TOKENS = 8  # up to this many
 BLOCK_SECONDS, PAUSE_SECONDS = 20e-3, 1e-3  # long enough to find one's own weights in the caches again
+DISTINCT_TOKENS = 2048  # of lookup inputs, in turn
 TRAINING_TOKENS = 4096
 
 
@@ -138,7 +140,8 @@ def _bench_shape(hidden_size, intermediate_size, tokens, threads, seconds, seed,
             chain = dense_chain(hidden_size, intermediate_size, layers, seed)
             prepared = {lookup: _prepared_chain(lookup, hidden_size, layers, seed) for lookup in lookups}
             for n in (n for n in tokens if (CHAIN if n <= CHAINED_TOKENS else 1) == layers):
-                x = torch.randn(n, hidden_size, generator=torch.Generator().manual_seed(seed))
+                generator = torch.Generator().manual_seed(seed)
+                inputs = torch.randn(max(1, DISTINCT_TOKENS // n), n, hidden_size, generator=generator).unbind(0)
                 calls, about = {}, {}
                 for engine in DENSE_ENGINES:
                     label = f"{engine.name} {engine.dtype}{', compiled' if engine.compiled else ''}"
@@ -148,13 +151,13 @@ def _bench_shape(hidden_size, intermediate_size, tokens, threads, seconds, seed,
                             raise ModuleNotFoundError(
                                 f"{engine.package} is not installed: pip install 'lookupffn[bench]'"
                             )
-                        calls[label] = engine.build(chain, x, threads)
+                        calls[label] = engine.build(chain, inputs[0], threads)
                     except Exception as error:  # whatever a rival's library raises must not end the comparison
                         if label not in failed:
                             console.print(f"[yellow]left out:[/] {label}: {str(error).splitlines()[0][:200]}")
                         failed.add(label)
                 for lookup, model in prepared.items():
-                    calls[lookup.label] = torch_runner(model, x, compiled=lookup.compiled)
+                    calls[lookup.label] = torch_runner(model, inputs, compiled=lookup.compiled)
                     about[lookup.label] = {
                         "ffn": "lookup", "engine": "lookupffn", "dtype": lookup.dtype, "compiled": lookup.compiled,
                         "num_tables": lookup.num_tables, "code_bits": 8, "reads": lookup.reads,

@@ -23,12 +23,13 @@ from lookupffn.tiling import Tiling, choose_tiling
 
 FILE_FORMAT = "lookupffn-packed"
 FILE_VERSION = "1"
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of activations
 PROJECTION_DTYPES = {"int8": "int8", "bfloat16": "int16", "float32": "float32"}  # what goes with each dtype of tables
 
 if native.available():
 
     @torch.library.register_fake("lookupffn::prepared")
-    def _(x, packed, out_features, tile_tokens, groups_a_pass, prefetch_rows, serial_tokens, isa):
+    def _(x, packed, out_features, tile_tokens, groups_a_pass, prefetch_rows, serial_tokens, isa=""):
         torch._check(x.is_meta or not packed.is_meta, lambda: "the layer is on the meta device, the input is not")
         return x.new_empty(*x.shape[:-1], out_features)
 
@@ -88,7 +89,7 @@ class PreparedLookupFFN(nn.Module):
         self.register_buffer("packed", packed)
         self.tiling = tiling or Tiling()
         t = self.tiling
-        self._arguments = (config.out_features, t.tile_tokens, t.groups_a_pass, t.prefetch_rows, t.serial_tokens, "")
+        self._arguments = (config.out_features, t.tile_tokens, t.groups_a_pass, t.prefetch_rows, t.serial_tokens)
         self.weight_dtype, self.table_dtype = header["weight_dtype"], header["table_dtype"]
         self._unpacked = None
         native.implementation()  # a wrong LOOKUPFFN_ISA is an error here, not in the middle of a model
@@ -101,28 +102,28 @@ class PreparedLookupFFN(nn.Module):
         self._unpacked = unpack(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Lean, because at one token a microsecond of Python is a tenth of the layer.
-        c = self.config
-        if x.dim() < 1 or x.shape[-1] != c.in_features:
-            raise ValueError(f"the last dimension of x must be in_features = {c.in_features}; x is {list(x.shape)}")
-        rows = x if x.dtype in (torch.float32, torch.bfloat16) else self._as_float32(x)
+        # Lean, because at one token a microsecond of Python is a tenth of the layer. So is the buffer's way past
+        # Module.__getattr__.
+        if not x.dim() or x.shape[-1] != self.config.in_features:
+            width = self.config.in_features
+            raise ValueError(f"the last dimension of x must be in_features = {width}; x is {list(x.shape)}")
         grad = x.requires_grad and torch.is_grad_enabled()
-        if grad:
-            rows = rows.detach()
+        rows = x if x.dtype in NATIVE_DTYPES and not grad else self._rows(x)
         if self._unpacked is None:
-            y = torch.ops.lookupffn.prepared(rows, self.packed, *self._arguments)
+            y = torch.ops.lookupffn.prepared(rows, self._buffers["packed"], *self._arguments)
         else:
-            y = packed_forward(self._unpacked, rows.reshape(-1, c.in_features).float())
-            y = y.reshape(*x.shape[:-1], c.out_features)
-        if y.dtype != x.dtype:
+            y = packed_forward(self._unpacked, rows.reshape(-1, x.shape[-1]).float())
+            y = y.reshape(*x.shape[:-1], self.config.out_features)
+        if rows is not x or self._unpacked is not None:
             y = y.to(x.dtype)
         return _NoBackward.apply(x, y) if grad else y
 
     @staticmethod
-    def _as_float32(x: Tensor) -> Tensor:
+    def _rows(x: Tensor) -> Tensor:
+        """What the kernels take for ``x``: float32 or bfloat16, cut off from the graph that it came from."""
         if not x.is_floating_point():
             raise TypeError(f"x is {x.dtype}: a prepared layer takes floating-point numbers")
-        return x.float()
+        return (x if x.dtype in NATIVE_DTYPES else x.float()).detach()
 
     def flops(self, tokens: int) -> int:
         """Operations of a forward pass, two a multiply-add, as :meth:`LookupFFN.flops` counts them."""

@@ -7,9 +7,10 @@ returns it as a function of nothing that runs the whole chain once on a given in
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,15 +46,17 @@ def dense_chain(hidden_size: int, intermediate_size: int, layers: int, seed: int
     return nn.Sequential(*parts).eval()
 
 
-def torch_runner(model: nn.Module, x: Tensor, *, compiled: bool) -> Run:
-    """Runs a PyTorch module on ``x`` without gradients, eager or compiled for exactly this shape."""
+def torch_runner(model: nn.Module, inputs: Sequence[Tensor], *, compiled: bool) -> Run:
+    """Runs a PyTorch module on ``inputs`` in turn without gradients, eager or compiled for exactly their shape."""
     if compiled:
         torch._dynamo.reset()
         model = torch.compile(model, fullgraph=True, dynamic=False)
 
+    turns = itertools.cycle(inputs)
+
     def run():
         with torch.inference_mode():
-            return model(x)
+            return model(next(turns))
 
     run()
     return run
@@ -61,7 +64,7 @@ def torch_runner(model: nn.Module, x: Tensor, *, compiled: bool) -> Run:
 
 def _torch(dtype: torch.dtype, compiled: bool):
     def build(chain: nn.Sequential, x: Tensor, threads: int) -> Run:
-        return torch_runner(copy.deepcopy(chain).to(dtype), x.to(dtype), compiled=compiled)
+        return torch_runner(copy.deepcopy(chain).to(dtype), [x.to(dtype)], compiled=compiled)
 
     return build
 
@@ -74,7 +77,7 @@ def _torchao(compiled: bool):
 
             model = copy.deepcopy(chain)
             quantize_(model, Int8DynamicActivationInt8WeightConfig())
-            return torch_runner(model, x, compiled=compiled)
+            return torch_runner(model, [x], compiled=compiled)
 
     return build
 

@@ -585,7 +585,7 @@ void hash_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {  // and
   p->quantised.assign(slots, 0xff);
   p->steps.assign(tokens, kNaN);
   for (int t = 0; t < tokens; t++)
-    k.hash(l, &p->z[size_t(t) * l.z_stride], &p->cells[size_t(t) * l.slots], &p->scores[size_t(t) * l.slots]);
+    k.hash(l, 0, l.groups, &p->z[size_t(t) * l.z_stride], &p->cells[size_t(t) * l.slots], &p->scores[size_t(t) * l.slots]);
   p->codes = p->cells;
   std::vector<float> scores = p->scores;
   for (int t = 0; t < tokens && l.h.table_type == TableType::kInt8; t++) {
