@@ -176,7 +176,7 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
             const double before = stages ? now() : 0;
             k.project(l, x, start + i * tile, in_tile, part * repeats, (part + 1) * repeats, s.z, s);
             const double between = stages ? now() : 0;
-            hash_tile(k, l, hashed, ready, s.z, i * tile, in_tile, early, s.scores, reads);
+            if (ready > hashed) hash_tile(k, l, hashed, ready, s.z, i * tile, in_tile, early, s.scores, reads);
             hashed = ready;
             if (stages) {
               stages->project += between - before;

@@ -111,6 +111,7 @@ LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 words) {
   return float_of(LOOKUPFFN_2(vandq_s32));
 }
 LOOKUPFFN_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+LOOKUPFFN_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 LOOKUPFFN_INLINE bytes64 broadcast_word(const void* p) {
   uint32_t word;

@@ -15,6 +15,7 @@ LOOKUPFFN_VECTOR(uint16_t, Halves, 16);
 LOOKUPFFN_VECTOR(uint8_t, Bytes, 16);
 LOOKUPFFN_VECTOR(int8_t, WideBytes, 64);
 LOOKUPFFN_VECTOR(int16_t, WideShorts, 64);
+LOOKUPFFN_VECTOR(uint16_t, WideHalves, 64);
 LOOKUPFFN_VECTOR(int32_t, WideInts, 64);
 
 struct f32x16 { Floats v; };
@@ -108,30 +109,33 @@ LOOKUPFFN_INLINE void prefetch_l2(const void*) {}
 // acc[i] += <word i of x, word i of w>, a word being one float, two int16 or four bytes.
 LOOKUPFFN_INLINE bytes64 broadcast_word(const void* p) { return {read<uint32_t>(p) + Words{}}; }
 LOOKUPFFN_INLINE f32x16 dot_f32(f32x16 acc, bytes64 x, bytes64 w) { return {acc.v + (Floats)x.v * (Floats)w.v}; }
-LOOKUPFFN_INLINE Ints low_half(Words a) { return (Ints)(a << 16) >> 16; }  // of each word, as a signed number
-LOOKUPFFN_INLINE Ints high_half(Words a) { return (Ints)a >> 16; }
+// Sums wrap around: those of a sound layer cannot, and a damaged one's may do so without harm.
+LOOKUPFFN_INLINE Words low_half(Words a) { return (Words)((Ints)(a << 16) >> 16); }  // of each word, with its sign
+LOOKUPFFN_INLINE Words high_half(Words a) { return (Words)((Ints)a >> 16); }
 LOOKUPFFN_INLINE i32x16 dot2_i16(i32x16 acc, bytes64 x, bytes64 w) {
-  return {acc.v + low_half(x.v) * low_half(w.v) + high_half(x.v) * high_half(w.v)};
+  return {(Ints)((Words)acc.v + low_half(x.v) * low_half(w.v) + high_half(x.v) * high_half(w.v))};
 }
 LOOKUPFFN_INLINE i32x16 dot4_u8i8(i32x16 acc, bytes64 x, bytes64 w) {  // 255 * 128 < 2^15
   const Shorts activations = (Shorts)x.v, weights = (Shorts)w.v;
-  const Words even = (Words)((activations & 0xff) * ((Shorts)(weights << 8) >> 8));
-  const Words odd = (Words)((Shorts)((activations >> 8) & 0xff) * (weights >> 8));
-  return {acc.v + low_half(even) + high_half(even) + low_half(odd) + high_half(odd)};
+  const Words even = (Words)((activations & 0xff) * ((Shorts)((Words)w.v << 8 & 0xff00ff00u) >> 8));
+  const Words odd = (Words)(((activations >> 8) & 0xff) * (weights >> 8));
+  return {(Ints)((Words)acc.v + low_half(even) + high_half(even) + low_half(odd) + high_half(odd))};
 }
 
 // acc[0..3] += sum_k scores[k] * r_k for four slices of 64 int8, scores 0 to 127. Byte 16 L + 4 i + d of a slice is
 // output 16 i + 4 L + d: the order in which interleaving within 128-bit lanes delivers them.
-LOOKUPFFN_INLINE WideShorts widened(bytes64 row) { return __builtin_convertvector((WideBytes)row.v, WideShorts); }
+LOOKUPFFN_INLINE WideHalves weighed(uint8_t score, bytes64 row) {
+  return (uint16_t)score * (WideHalves)__builtin_convertvector((WideBytes)row.v, WideShorts);
+}
 LOOKUPFFN_INLINE void dot4_rows(i32x16 acc[4], bytes64 r0, bytes64 r1, bytes64 r2, bytes64 r3, const uint8_t* scores) {
-  const WideShorts a = (int16_t)scores[0] * widened(r0) + (int16_t)scores[1] * widened(r1);  // 2 * 127 * 128 < 2^15
-  const WideShorts b = (int16_t)scores[2] * widened(r2) + (int16_t)scores[3] * widened(r3);
-  const WideInts sum = __builtin_convertvector(a, WideInts) + __builtin_convertvector(b, WideInts);
+  const WideHalves a = weighed(scores[0], r0) + weighed(scores[1], r1);  // 2 * 127 * 128 < 2^15
+  const WideHalves b = weighed(scores[2], r2) + weighed(scores[3], r3);
+  const WideInts sum = __builtin_convertvector((WideShorts)a, WideInts) + __builtin_convertvector((WideShorts)b, WideInts);
   const int32_t* words = (const int32_t*)&sum;
   for (int i = 0; i < 4; i++) {
-    Ints part;
-    for (int lane = 0; lane < 4; lane++) __builtin_memcpy((int32_t*)&part + 4 * lane, words + 16 * lane + 4 * i, 16);
-    acc[i].v += part;
+    Words part;
+    for (int lane = 0; lane < 4; lane++) __builtin_memcpy((uint32_t*)&part + 4 * lane, words + 16 * lane + 4 * i, 16);
+    acc[i].v = (Ints)((Words)acc[i].v + part);
   }
 }
 
