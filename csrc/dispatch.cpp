@@ -6,10 +6,15 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace lookupffn {
 
 #if defined(__x86_64__)
+extern const Kernels* const kAmx;
 extern const Kernels* const kAvx512Vnni;
 extern const Kernels* const kAvx512;
 extern const Kernels* const kAvx2Vnni;
@@ -30,6 +35,17 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_amx() {  // leaf 7, EDX: bit 24 tiles, bit 25 int8 products
+  unsigned a = 7, b, c = 0, d;
+  if (!has_avx512_vnni()) return false;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  if ((d >> 24 & 3) != 3) return false;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM for tile data: every process must ask
+#else
+  return false;
+#endif
+}
 bool has_avx2_vnni() {  // GCC 12 has no name for this bit: leaf 7, subleaf 1, EAX bit 4
   unsigned a = 7, b, c = 1, d;
   if (!has_avx2()) return false;
@@ -52,6 +68,7 @@ bool always() { return true; }
 const Implementation* implementations(int* count) {
   static const Implementation all[] = {
 #if defined(__x86_64__)
+      {kAmx, "AMX with int8, granted by the system, and AVX-512 F, BW, DQ, VL and VNNI", has_amx},
       {kAvx512Vnni, "AVX-512 F, BW, DQ, VL and VNNI", has_avx512_vnni},
       {kAvx512, "AVX-512 F, BW, DQ and VL", has_avx512},
       {kAvx2Vnni, "AVX2, FMA and AVX-VNNI", has_avx2_vnni},

@@ -98,6 +98,61 @@ static void multiply(const Layer& l, int stage, const uint8_t* x, size_t x_bytes
     }
 }
 
+#ifdef LOOKUPFFN_TILES
+// kGroup panels of one block for up to 16 tokens: int32 sums to y. A step takes `bytes` inputs.
+template <int kGroup>
+static void multiply_block(const uint8_t* x, size_t x_bytes, const uint8_t* w, int bytes, int steps, float* y,
+                           size_t y_stride) {
+  constexpr size_t kWord = kGroup * 64;  // bytes from a word of the weights to the next
+  const size_t y_bytes = y_stride * sizeof(float);
+  Tiles::zero<2>();
+  if (kGroup > 1) Tiles::zero<3>();
+  if (kGroup > 2) Tiles::zero<4>();
+  if (kGroup > 3) Tiles::zero<5>();
+  for (int k = 0; k < steps; k++, x += bytes, w += bytes / 4 * kWord) {
+    Tiles::load<0>(x, x_bytes);
+    Tiles::load<1>(w, kWord), Tiles::dot<2>();
+    if (kGroup > 1) Tiles::load<1>(w + 64, kWord), Tiles::dot<3>();
+    if (kGroup > 2) Tiles::load<1>(w + 128, kWord), Tiles::dot<4>();
+    if (kGroup > 3) Tiles::load<1>(w + 192, kWord), Tiles::dot<5>();
+  }
+  Tiles::store<2>(y, y_bytes);
+  if (kGroup > 1) Tiles::store<3>(y + 16, y_bytes);
+  if (kGroup > 2) Tiles::store<4>(y + 32, y_bytes);
+  if (kGroup > 3) Tiles::store<5>(y + 48, y_bytes);
+}
+
+// multiply() of int8 weights on tiles of 16 tokens, for blocks of up to 64 inputs or a multiple of 64.
+static void multiply_on_tiles(const Layer& l, int stage, const uint8_t* x, size_t x_bytes, int tokens, float* y) {
+  const int group = panels_a_group(l.h.block_out), bytes = l.h.block_in < 64 ? l.h.block_in : 64;
+  constexpr decltype(&multiply_block<1>) all[] = {multiply_block<1>, multiply_block<2>, multiply_block<3>, multiply_block<4>};
+  const auto run = all[group - 1];
+  const size_t first = (size_t)stage * l.width_out;
+  for (int t = 0, rows; t < tokens; t += rows) {
+    rows = tokens - t < 16 ? tokens - t : 16;
+    const Tiles tiles(rows, bytes);
+    for (int output = 0; output < l.width_out; output += 16 * group)
+      run(x + t * x_bytes + (size_t)(output / l.h.block_out) * l.h.block_in, x_bytes,
+          l.weights + (first + output) * l.h.block_in, bytes, l.h.block_in / bytes, y + (size_t)t * l.width_out + output,
+          l.width_out);
+  }
+  for (int t = 0; t < tokens; t++)
+    for (int i = 0; i < l.width_out; i += 16) {
+      float* sums = y + (size_t)t * l.width_out + i;
+      const i32x16 sum = add(load((const int32_t*)sums), load(l.weight_offsets + first + i));
+      store(sums, mul(to_float(sum), load(l.weight_scales + first + i)));
+    }
+}
+#endif
+
+// One stage, one repeat, int8 weights.
+static void multiply_int8(const Layer& l, int stage, const uint8_t* x, size_t x_bytes, int tokens, float* y) {
+#ifdef LOOKUPFFN_TILES
+  if (l.h.block_in < 64 || l.h.block_in % 64 == 0) return multiply_on_tiles(l, stage, x, x_bytes, tokens, y);
+#endif
+  multiply<WeightType::kInt8>(l, stage, x, x_bytes, tokens, y);
+}
+
 // One radix-2^kLevels pass of the unnormalised Walsh-Hadamard transform over blocks of `block` floats, `step` blocks
 // apart; emit(i, v) takes 16 results, those of position i.
 template <int kLevels, typename Emit>
@@ -262,7 +317,7 @@ static void project(const Layer& l, Rows x, int64_t token, int tokens, int first
           levels_of_x = levels;
         }
         if (l.h.weight_type == WeightType::kInt8)
-          multiply<WeightType::kInt8>(l, index, input, q_bytes, tokens, sums);
+          multiply_int8(l, index, input, q_bytes, tokens, sums);
         else
           multiply<WeightType::kInt16>(l, index, input, q_bytes, tokens, sums);
       }

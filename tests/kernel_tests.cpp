@@ -33,6 +33,10 @@
 #include "dispatch.h"
 #include "engine.h"
 
+namespace lookupffn {
+extern const Kernels* const kEmulatedTiles;  // emulated_tiles.cpp
+}
+
 using namespace lookupffn;
 
 namespace {
@@ -187,12 +191,13 @@ Threads threads_of(int count) {
           }};
 }
 
-std::vector<const Kernels*> running_here() {  // scalar first
+std::vector<const Kernels*> running_here() {  // scalar first, and last the loops of AMX on tiles that are emulated
   int count;
   const Implementation* all = implementations(&count);
   std::vector<const Kernels*> kernels;
   for (int i = count - 1; i >= 0; i--)
     if (all[i].runs_here()) kernels.push_back(all[i].kernels);
+  kernels.push_back(kEmulatedTiles);
   return kernels;
 }
 
