@@ -114,10 +114,10 @@ def bench(
 
     console, counts = Console(soft_wrap=True), threads or sorted({1, torch.get_num_threads()})
     shapes = [(width, 4 * width) for width in hidden_size]
-    records = run.bench(shapes, tokens, counts, seconds=seconds, seed=seed, training=training, console=console)
+    for records in run.bench(shapes, tokens, counts, seconds=seconds, seed=seed, training=training, console=console):
+        run.write_json(records, Path(json))  # after every shape: what was measured is kept if the rest is not
+        run.plot(records, Path(plot))
     run.print_bandwidth(records, console)
-    run.write_json(records, Path(json))
-    run.plot(records, Path(plot))
     console.print(f"measurements in [bold]{json}[/], plot in [bold]{plot}[/]")
 
 

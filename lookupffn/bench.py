@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,16 +26,17 @@ from lookupffn import hardware, native
 from lookupffn.engine import prepare
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.layer import LookupConfig, LookupFFN
-from lookupffn.packed import aligned_bytes
+from lookupffn.packed import HUGE_PAGE, aligned_bytes
 from lookupffn.reference import next_power_of_two
 from lookupffn.rivals import DENSE_ENGINES, dense_chain, torch_runner
 from lookupffn.timing import Timing, time_interleaved
 
 CHAIN = 12
 CHAINED_TOKENS = 8  # up to this many
-BLOCK_SECONDS, PAUSE_SECONDS = 20e-3, 1e-3  # long enough to find one's own weights in the caches again
+BLOCK_SECONDS, PAUSE_SECONDS = 50e-3, 1e-3  # long enough to find one's own weights in the caches again
 DISTINCT_TOKENS = 2048  # of lookup inputs, in turn
 TRAINING_TOKENS = 4096
+ITEM_BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,8 @@ def bench(
     seed: int,
     training: bool,
     console: Console,
-) -> list[dict]:
-    """Measures every engine at every size, prints a table a shape, and returns one record a measurement."""
+) -> Iterator[list[dict]]:
+    """Measures every engine at every size and prints a table a shape; after each shape all records until then."""
     keep_freed_memory()
     common = {"cpu": hardware.cpu_name(), "versions": versions(), "isa": native.implementation(), "seed": seed}
     before, records, failed = torch.get_num_threads(), [], set()
@@ -113,9 +114,9 @@ def bench(
                 shape = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "threads": count}
                 records += [common | shape | r for r in found]
                 _print_shape([r for r in records if r.items() >= shape.items()], shape, console)
+                yield records
     finally:
         torch.set_num_threads(before)
-    return records
 
 
 def versions() -> dict[str, str]:
@@ -138,7 +139,7 @@ def _bench_shape(hidden_size, intermediate_size, tokens, threads, seconds, seed,
         task = progress.add_task(f"{hidden_size}/{intermediate_size}, {threads} thread(s)", total=len(tokens))
         for layers in sorted({CHAIN if n <= CHAINED_TOKENS else 1 for n in tokens}, reverse=True):
             chain = dense_chain(hidden_size, intermediate_size, layers, seed)
-            prepared = {lookup: _prepared_chain(lookup, hidden_size, layers, seed) for lookup in lookups}
+            prepared = _prepared_chains(lookups, hidden_size, layers, seed, failed, console)
             for n in (n for n in tokens if (CHAIN if n <= CHAINED_TOKENS else 1) == layers):
                 generator = torch.Generator().manual_seed(seed)
                 inputs = torch.randn(max(1, DISTINCT_TOKENS // n), n, hidden_size, generator=generator).unbind(0)
@@ -170,6 +171,24 @@ def _bench_shape(hidden_size, intermediate_size, tokens, threads, seconds, seed,
                     records.append(about[label] | size | _microseconds(timing, n * layers) | {"label": label})
                 progress.advance(task)
     return records
+
+
+def _prepared_chains(lookups, hidden_size, layers, seed, failed, console) -> dict[Lookup, nn.Sequential]:
+    """A chain for each, shared by those that differ in compilation; one too large for this machine is left out."""
+    chains, chain_of = {}, {}
+    for lookup in lookups:
+        kind = dataclasses.replace(lookup, compiled=False)
+        config = lookup.config(hidden_size)
+        size = layers * config.num_tables * config.num_rows * hidden_size * ITEM_BYTES[lookup.dtype]
+        if size > hardware.machine()["memory_bytes"] / 8:  # all chains are in memory together, beside the dense ones
+            if lookup.label not in failed:
+                console.print(f"[yellow]left out:[/] {lookup.label}: {layers} layers take {size / 2**30:.1f} GiB")
+            failed.add(lookup.label)
+            continue
+        if kind not in chains:
+            chains[kind] = _prepared_chain(kind, hidden_size, layers, seed)
+        chain_of[lookup] = chains[kind]
+    return chain_of
 
 
 def _prepared_chain(lookup: Lookup, hidden_size: int, layers: int, seed: int) -> nn.Sequential:
@@ -217,7 +236,7 @@ def _gather_bandwidth(seed: int) -> list[dict]:
         return []
     torch.manual_seed(seed)
     l2 = next((cache["bytes"] for cache in hardware.caches() if cache["level"] == 2), 1 << 20)
-    memory = aligned_bytes(l2 // 2).zero_()
+    memory = aligned_bytes(max(l2 // 2, HUGE_PAGE)).zero_()[: l2 // 2]  # as tables lie, on huge pages
     lines = torch.randint(0, l2 // 2 // 64, (1 << 14,), dtype=torch.int32)
     rounds = 20
     layer = prepare(LookupFFN(Lookup(128, 1, "int8").config(512)))

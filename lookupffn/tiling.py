@@ -86,8 +86,9 @@ def _timed_choice(config: LookupConfig, packed: Tensor) -> Tiling:
     passes = sorted({groups, max(1, groups // 2), max(1, groups // 4)}, reverse=True)
     candidates = [Tiling(12, p, ahead) for p in passes for ahead in (0, 128, 256)]
     best = _fastest({t: (t, x) for t in candidates}, config, packed)
-    tiles = [dataclasses.replace(best, tile_tokens=n) for n in (12, 32)]  # 16 is the height of AMX's own
-    best = _fastest({t: (t, x) for t in tiles}, config, packed)
+    if native.implementation() == "amx":  # whose own tiles are 16 tokens high; elsewhere 12 is best or as good
+        tiles = [dataclasses.replace(best, tile_tokens=n) for n in (12, 16, 32)]
+        best = _fastest({t: (t, x) for t in tiles}, config, packed)
     serial = 0
     if torch.get_num_threads() > 1:
         for tokens in (1, 2, 4, 8, 16, 32):

@@ -19,7 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookupffn import LookupConfig, LookupFFN, PreparedLookupFFN, native, ops, prepare, reference
-from lookupffn.packed import TABLE_TYPES, WEIGHT_TYPES, pack, packed_forward, packed_project, read_header, unpack
+from lookupffn.packed import (
+    TABLE_TYPES,
+    WEIGHT_TYPES,
+    _assemble,
+    _deinterleave,
+    pack,
+    packed_forward,
+    packed_project,
+    read_header,
+    unpack,
+)
 from lookupffn.tiling import Tiling
 
 F64 = torch.float64
@@ -441,7 +451,7 @@ def test_sixteen_threads_on_one_module_equal_the_serial_answers(tables, projecti
 
     def work(first):
         start.wait()
-        for i in range(60):
+        for i in range(10_000 if EXAMPLES else 60):
             k = (first + i) % len(batches)
             if not torch.equal(module(batches[k]), answers[k]):
                 wrong.append(k)
@@ -659,6 +669,26 @@ def test_tiling_numbers_may_be_as_large_as_they_come():
     packed, x = pack(trained(CONFIG)), torch.randn(30, 20)
     huge = Tiling(2**62, 2**62, 2**62, 2**62)
     assert torch.equal(call(packed, x, "", huge), call(packed, x))
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="6 GB of memory; make test-all runs it")
+def test_tables_of_more_than_two_to_the_31_numbers():
+    T, K, E, scale = 520, 2**16, 64, 0.01  # 2.03 GiB of int8
+    fields = dict(
+        in_features=16 * T, out_features=E, num_tables=T, code_bits=16, reads=1, stages=0, repeats=1, blocks=1
+    )
+    fields |= dict(block_in=0, block_out=0, scale=1.0, residual=0.0, weight_type=0, table_rows=K, slice=64)
+    tables = torch.zeros(1, T, K, E, dtype=torch.int8)
+    tables[0, -1, -1] = torch.arange(E)  # the last row of all
+    scales = torch.zeros(528)
+    scales[T - 1] = scale
+    sections = {"tables": tables, "table_scales": scales, "bias": torch.zeros(E)}
+    packed = _assemble(fields | {"table_type": TABLE_TYPES["int8"]}, sections)
+    x = torch.full((3, 16 * T), 0.5)  # every code is that of the last row
+    m = torch.full((16,), 0.5, dtype=F64)
+    score = m.sum() / (1 + torch.exp(-2 * m)).prod()
+    expected = (score * scale * _deinterleave(torch.arange(E, dtype=torch.int8)[None])[0].double()).expand(3, E)
+    torch.testing.assert_close(call(packed, x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_raw_reads_check_every_line():

@@ -1,0 +1,286 @@
+// What the parts of a layer must give: double precision with a bound on float32, exact integers, the cells of a hash.
+#pragma once
+
+#include "layers.h"
+
+namespace {
+
+struct Approx {
+  double value, error;  // float32 arithmetic, in any order and with or without fma, is about this far from it
+};
+
+// z of one token with float32 weights. Roundings add up like the steps of a random walk: a bound that let all of them
+// add up in one direction would be thousands of times wider after four stages, and hide faults.
+std::vector<Approx> reference_z(const Layer& l, const std::vector<float>& x) {
+  const PackedHeader& h = l.h;
+  const int codes = h.num_tables * h.code_bits;
+  std::vector<Approx> z;
+  if (h.stages == 0)
+    for (float value : x) z.push_back({value, 0});
+  for (int r = 0; r < h.repeats && h.stages > 0; r++) {
+    std::vector<Approx> y(l.width_in, Approx{0, 0});
+    for (size_t i = 0; i < x.size(); i++) y[i].value = x[i];
+    for (int stage = r * h.stages; stage < (r + 1) * h.stages; stage++) {
+      std::vector<Approx> out(l.width_out);
+      for (int n = 0; n < h.blocks; n++)
+        for (int o = 0; o < h.block_out; o++) {
+          double sum = 0, variance = 0, squares = 0;
+          for (int i = 0; i < h.block_in; i++) {
+            const double w = weight(l, stage, n, o, i);
+            const Approx& a = y[n * h.block_in + i];
+            sum += w * a.value;
+            variance += w * w * a.error * a.error;
+            squares += w * w * a.value * a.value;
+          }
+          out[n * h.block_out + o] = {sum, std::sqrt(variance + kUlp * kUlp * (0.5 * h.block_in + 1) * squares)};
+        }
+      y = out;
+      for (int half = 1; half < h.blocks; half *= 2)
+        for (int n = 0; n < h.blocks; n++)
+          for (int i = 0; i < h.block_out && !(n & half); i++) {
+            Approx &a = y[n * h.block_out + i], &b = y[(n + half) * h.block_out + i];
+            const double sum = a.value + b.value, difference = a.value - b.value, error = std::hypot(a.error, b.error);
+            a = {sum, std::hypot(error, kUlp * sum)};
+            b = {difference, std::hypot(error, kUlp * difference)};
+          }
+    }
+    for (int i = 0; i < l.width_out && int(z.size()) < codes; i++) {
+      const double product = h.scale * y[i].value, bias = l.code_bias[z.size()];
+      const double straight = h.residual != 0 && i < int(x.size()) ? h.residual * double(x[i]) : 0;
+      z.push_back({product + straight + bias,
+                   h.scale * y[i].error + kUlp * (2 * std::abs(product) + 2 * std::abs(straight) + std::abs(bias))});
+    }
+  }
+  return z;
+}
+
+// z of one token with integer weights: here every rounding is part of the definition, so there is one right answer.
+__attribute__((noinline)) std::vector<float> exact_z(const Layer& l, const std::vector<float>& x) {
+  const PackedHeader& h = l.h;
+  std::vector<float> z;
+  for (int r = 0; r < h.repeats; r++) {
+    std::vector<float> y(l.width_in, 0.0f);
+    std::copy(x.begin(), x.end(), y.begin());
+    float unit = 0;  // what one of y is worth
+    for (int stage = r * h.stages; stage < (r + 1) * h.stages; stage++) {
+      float largest = 0;
+      for (float value : y) largest = std::max(largest, std::fabs(value));
+      const bool zero = largest < 1e-30f;
+      const float per_unit = zero ? 0 : l.levels[stage] / largest, step = zero ? 0 : largest / l.levels[stage];
+      unit = stage == r * h.stages ? step : unit * step;
+      std::vector<int> q;
+      for (float value : y) q.push_back(int(std::nearbyint(value * per_unit)));
+      y.assign(l.width_out, 0);
+      for (int n = 0; n < h.blocks; n++)
+        for (int o = 0; o < h.block_out; o++) {
+          int64_t sum = 0;
+          for (int i = 0; i < h.block_in; i++) sum += int(weight(l, stage, n, o, i)) * int64_t(q[n * h.block_in + i]);
+          const size_t at = n * h.block_out + o;
+          y[at] = float(sum) * l.weight_scales[size_t(stage) * l.width_out + at];
+        }
+      for (int half = 1; half < h.blocks; half *= 2)
+        for (int n = 0; n < h.blocks; n++)
+          for (int i = 0; i < h.block_out && !(n & half); i++) {
+            const float a = y[n * h.block_out + i], b = y[(n + half) * h.block_out + i];
+            y[n * h.block_out + i] = a + b;
+            y[(n + half) * h.block_out + i] = a - b;
+          }
+    }
+    const float factor = h.scale * unit;
+    for (int i = 0; i < l.width_out; i++) {
+      float value = y[i] * factor;
+      if (h.residual != 0) value = value + (i < int(x.size()) ? x[i] : 0) * h.residual;
+      z.push_back(value + l.code_bias[z.size()]);
+    }
+  }
+  z.resize(h.num_tables * h.code_bits);
+  return z;
+}
+
+// The cells that hash() must choose for one table: the sign pattern, then the flips of the bits of least |z|. Of equal
+// bits the first goes first; two flips go before a third that costs as much. A NaN or infinite |z| is never flipped.
+__attribute__((noinline)) void nearest_cells(const float* z, int bits, int reads, uint16_t* cells) {
+  struct Flip {
+    float cost;
+    int cells;
+  };
+  std::vector<Flip> flips;
+  int code = 0;
+  for (int j = 0; j < bits; j++) {
+    const int bit = 1 << (bits - 1 - j);
+    if (z[j] > 0) code |= bit;
+    if (std::fabs(z[j]) < kInfinity) flips.push_back({std::fabs(z[j]), bit});
+  }
+  std::stable_sort(flips.begin(), flips.end(), [](const Flip& a, const Flip& b) { return a.cost < b.cost; });
+  while (flips.size() < 3) flips.push_back({kInfinity, 0});
+  const float pair = flips[0].cost + flips[1].cost;
+  if (reads == 4 && !(flips[2].cost < pair)) flips[2] = {pair, flips[0].cells | flips[1].cells};
+  cells[0] = uint16_t(code);
+  for (int n = 1; n < reads; n++) cells[n] = uint16_t(code ^ flips[n - 1].cells);
+}
+
+// One table's cells and scores by looking at every cell: reference.nearest_cells, for finite z.
+void check_cells(const float* z, int bits, int reads, const uint16_t* cells, const float* scores) {
+  std::vector<double> inner = {0};  // <z, S_i> of every cell
+  double total = 0;
+  for (int j = 0; j < bits; j++) {
+    total += std::abs(double(z[j]));
+    std::vector<double> longer;
+    for (double sum : inner) longer.insert(longer.end(), {sum - double(z[j]), sum + double(z[j])});
+    inner = longer;
+  }
+  double partition = 0;
+  for (double sum : inner) partition += std::exp(sum - total);
+  std::vector<double> best = inner;
+  std::partial_sort(best.begin(), best.begin() + reads, best.end(), [](double a, double b) { return a > b; });
+  for (int n = 0; n < reads; n++) {
+    for (int m = 0; m < n; m++) EXPECT(cells[m] != cells[n], "cell %d is read twice", cells[n]);
+    EXPECT(cells[n] < inner.size(), "there is no cell %d", cells[n]);
+    const double sum = inner[cells[n]], cost = (total - sum) / 2;
+    EXPECT(std::abs(sum - best[n]) <= 4 * bits * kUlp * total, "cell %d is not the %d. nearest: %.9g, not %.9g", cells[n],
+           n + 1, sum, best[n]);
+    const double probability = std::exp(sum - total) / partition;
+    const double bound = (8 * bits + 16 + 8 * cost) * kUlp * total * probability + 0x1p-120 * (1 + total);
+    EXPECT(std::abs(scores[n] - sum * probability) <= bound, "the score of cell %d is %.9g, not %.9g +- %.2g", cells[n],
+           double(scores[n]), sum * probability, bound);
+  }
+}
+
+// ---- The parts of a layer, run one token at a time ---------------------------------------------------------------------
+
+struct Parts {
+  std::vector<float> z;           // [tokens][z_stride]
+  std::vector<uint16_t> cells;    // [tokens][slots] as hash gave them
+  std::vector<uint16_t> codes;    // with the sign that quantise_scores adds
+  std::vector<float> scores;      // [tokens][slots] as hash gave them
+  std::vector<uint8_t> quantised;
+  std::vector<float> steps;       // [tokens]
+  std::vector<float> y;           // [tokens][E]
+};
+
+void project_part(const Kernels& k, const Layer& l, const Input& in, int tokens, Parts* p) {
+  p->z.assign(size_t(tokens) * l.z_stride, kNaN);
+  std::vector<float> rows(l.width_in), sums[2], units(2);
+  std::vector<uint8_t> first(l.width_in * 2), activations(l.width_in * 2);
+  for (auto& s : sums) s.resize(l.width_out);
+  const ProjectScratch scratch = {rows.data(), {sums[0].data(), sums[1].data()}, first.data(), activations.data(),
+                                  {&units[0], &units[1]}};
+  for (int t = 0; t < tokens; t++)
+    k.project(l, in.rows, t, 1, 0, l.h.repeats, &p->z[size_t(t) * l.z_stride], scratch);
+}
+
+void hash_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {  // and quantise_scores
+  const size_t slots = size_t(tokens) * l.slots;
+  p->cells.assign(slots, 0xffff);
+  p->scores.assign(slots, kNaN);
+  p->quantised.assign(slots, 0xff);
+  p->steps.assign(tokens, kNaN);
+  for (int t = 0; t < tokens; t++)
+    k.hash(l, 0, l.groups, &p->z[size_t(t) * l.z_stride], &p->cells[size_t(t) * l.slots], &p->scores[size_t(t) * l.slots]);
+  p->codes = p->cells;
+  std::vector<float> scores = p->scores;
+  for (int t = 0; t < tokens && l.h.table_type == TableType::kInt8; t++) {
+    const size_t at = size_t(t) * l.slots;
+    p->steps[t] = k.quantise_scores(l, &scores[at], &p->codes[at], &p->quantised[at]);
+  }
+}
+
+void gather_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {
+  p->y.assign(size_t(tokens) * l.h.out_features, 0);
+  const Rows y = {p->y.data(), l.h.out_features, false};
+  const void* scores = p->scores.data();
+  if (l.h.table_type == TableType::kInt8) scores = p->quantised.data();
+  for (int t = 0; t < tokens; t++)
+    for (int slice = 0; slice < l.slices; slice++)
+      k.gather(l, slice, 0, l.groups, t, t + 1, p->codes.data(), scores, p->steps.data(), nullptr, y, 0, t % 3);
+}
+
+Parts run_parts(const Kernels& k, const Layer& l, const Input& in, int tokens) {
+  FloatMode mode(kFlushing);
+  Parts p;
+  project_part(k, l, in, tokens, &p);
+  hash_part(k, l, tokens, &p);
+  gather_part(k, l, tokens, &p);
+  return p;
+}
+
+template <typename T>
+void check_equal(const char* what, const std::vector<T>& a, const std::vector<T>& b) {
+  EXPECT(a.size() == b.size(), "%s: %zu numbers, not %zu", what, a.size(), b.size());
+  for (size_t i = 0; i < a.size(); i++)
+    EXPECT(same_bits(float(a[i]), float(b[i])), "%s differs from scalar's at %zu: %.9g, not %.9g", what, i, double(a[i]),
+           double(b[i]));
+}
+
+// z of float32 weights against the reference; returns the largest distance in units of what is expected of float32.
+double check_z(const std::vector<Approx>& reference, const float* z) {
+  double most = 0;
+  for (size_t i = 0; i < reference.size(); i++) {
+    const double off = std::abs(z[i] - reference[i].value), error = reference[i].error + 1e-37;
+    EXPECT(off <= 4 * error, "z[%zu] is %.9g, not %.9g +- %.2g", i, double(z[i]), reference[i].value, 4 * error);
+    most = std::max(most, off / error);
+  }
+  return most;
+}
+
+void check_hash(const Layer& l, const Parts& p, int t) {
+  const int bits = l.h.code_bits, reads = l.h.reads;
+  for (int table = 0; table < l.groups * 16; table++) {
+    const float* z = &p.z[size_t(t) * l.z_stride + size_t(table) * bits];
+    uint16_t cells[kMaxReads], expected[kMaxReads];
+    float scores[kMaxReads];
+    for (int n = 0; n < reads; n++) {
+      const size_t slot = size_t(t) * l.slots + (table / 16 * reads + n) * 16 + table % 16;
+      cells[n] = p.cells[slot];
+      scores[n] = p.scores[slot];
+      EXPECT(table < l.h.num_tables || (cells[n] == 0 && scores[n] == 0), "padding has cell %d and score %g", cells[n],
+             double(scores[n]));
+    }
+    if (table >= l.h.num_tables) continue;
+    nearest_cells(z, bits, reads, expected);
+    for (int n = 0; n < reads; n++)
+      EXPECT(cells[n] == expected[n], "table %d reads cell %d, not %d", table, cells[n], expected[n]);
+    if (bits <= 10 || table % 4 == 0) check_cells(z, bits, reads, cells, scores);
+  }
+}
+
+void check_quantised(const Layer& l, const Parts& p, int t) {
+  const size_t at = size_t(t) * l.slots;
+  std::vector<float> s(l.slots);
+  float largest = 0;
+  for (int i = 0; i < l.slots; i++) {
+    s[i] = p.scores[at + i] * l.table_scales[i / (16 * l.h.reads) * 16 + i % 16];
+    largest = std::max(largest, std::fabs(s[i]));
+  }
+  const float step = largest < 1e-30f ? 0.0f : largest / 127;
+  EXPECT(same_bits(p.steps[t], step), "the step is %.9g, not %.9g", double(p.steps[t]), double(step));
+  for (int i = 0; i < l.slots; i++) {
+    const double exact = step ? std::abs(double(s[i])) / largest * 127 : 0;
+    EXPECT(std::abs(p.quantised[at + i] - exact) <= 0.5 + 1e-4, "score %d is %d, not %.9g", i, p.quantised[at + i], exact);
+    const int sign = s[i] < 0 && l.h.table_rows >> l.h.code_bits == 2 ? 1 << l.h.code_bits : 0;
+    EXPECT(p.codes[at + i] == (p.cells[at + i] | sign), "code %d is %d, not %d", i, p.codes[at + i], p.cells[at + i] | sign);
+    EXPECT(sign || s[i] >= 0, "score %d is %g, and there are no negated rows", i, double(s[i]));
+  }
+}
+
+void check_gather(const Layer& l, const Parts& p, int t, const float* y) {
+  const bool int8 = l.h.table_type == TableType::kInt8;
+  const int reads = l.h.reads;
+  for (int e = 0; e < l.h.out_features; e++) {
+    double sum = 0, magnitude = 0;
+    for (int table = 0; table < l.h.num_tables; table++)
+      for (int n = 0; n < reads; n++) {
+        const size_t slot = size_t(t) * l.slots + (table / 16 * reads + n) * 16 + table % 16;
+        const double product = (int8 ? p.quantised[slot] : p.scores[slot]) * table_entry(l, table, p.codes[slot], e);
+        sum += product;
+        magnitude += std::abs(product);
+      }
+    if (int8) sum *= p.steps[t];
+    const double exact = sum + l.bias[e];
+    const double off = int8 ? 2 * std::abs(sum) : (l.h.num_tables * reads + 1) * magnitude;
+    const double bound = kUlp * (off + std::abs(exact)) * (1 + 1e-6) + 1e-37;
+    EXPECT(std::abs(y[e] - exact) <= bound, "y[%d, %d] is %.9g, not %.9g +- %.2g", t, e, double(y[e]), exact, bound);
+  }
+}
+
+}  // namespace

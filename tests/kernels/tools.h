@@ -1,0 +1,196 @@
+// What the kernel tests stand on: expectations, random numbers, guarded memory, the floating-point state, threads.
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "dispatch.h"
+#include "engine.h"
+
+namespace lookupffn {
+extern const Kernels* const kEmulatedTiles;  // emulated_tiles.cpp
+}
+
+using namespace lookupffn;
+
+namespace {
+
+constexpr double kUlp = 0x1p-24;  // half a unit in the last place: what one float32 operation may be off, relatively
+constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
+
+char current_case[400] = "";  // named in every failure, and where the program crashes
+
+__attribute__((format(printf, 1, 2))) std::string text(const char* format, ...) {
+  char buffer[400];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(buffer, sizeof buffer, format, arguments);
+  va_end(arguments);
+  return buffer;
+}
+
+void set_case(const std::string& name) { snprintf(current_case, sizeof current_case, "%s", name.c_str()); }
+
+// expect(condition, format, ...): arguments are only looked at where the condition is false.
+#define EXPECT(condition, ...) \
+  do {                         \
+    if (!(condition)) throw std::runtime_error(text(__VA_ARGS__)); \
+  } while (0)
+
+struct sigaction previous_action[NSIG];
+
+void on_crash(int signal) {
+  const char *words[] = {"FAILED  crash in ", current_case, "\n"};
+  for (const char* word : words)
+    if (write(1, word, strlen(word)) < 0) break;
+  sigaction(signal, &previous_action[signal], nullptr);  // then again, so that a sanitizer or a core tells where
+}
+
+struct Random {  // splitmix64
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  }
+  int below(int n) { return int(next() % uint64_t(n)); }
+  int between(int low, int high) { return low + below(high - low + 1); }
+  bool one_in(int n) { return below(n) == 0; }
+  float uniform() { return float(next() >> 40) * 0x1p-24f; }                                          // [0, 1)
+  float normal() { return (uniform() + uniform() + uniform() + uniform() - 2.0f) * 1.7320508f; }  // nearly
+  template <typename T>
+  T pick(std::initializer_list<T> list) { return list.begin()[below(int(list.size()))]; }
+};
+
+// Deals every entry of a list once before any comes again, so that few cases meet all awkward sizes.
+class Deck {
+ public:
+  Deck(std::initializer_list<int> list) : cards_(list) {}
+  int deal(Random& random) {
+    if (next_ == 0)
+      for (size_t i = cards_.size() - 1; i > 0; i--) std::swap(cards_[i], cards_[random.below(int(i) + 1)]);
+    const int card = cards_[next_];
+    next_ = (next_ + 1) % cards_.size();
+    return card;
+  }
+
+ private:
+  std::vector<int> cards_;
+  size_t next_ = 0;
+};
+
+// Memory whose last byte lies before a page that may not be touched.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : bytes_(bytes) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    mapped_ = (bytes + page - 1) / page * page + page;
+    base_ = static_cast<uint8_t*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + mapped_ - page, page, PROT_NONE)) throw std::bad_alloc();
+    data_ = base_ + mapped_ - page - bytes;
+  }
+  Guarded(const Guarded&) = delete;
+  ~Guarded() { munmap(base_, mapped_); }
+  uint8_t* data() const { return data_; }
+  size_t size() const { return bytes_; }
+
+ private:
+  size_t bytes_, mapped_;
+  uint8_t *base_, *data_;
+};
+
+uint32_t bits_of(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+float float_of(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+bool same_bits(float a, float b) { return bits_of(a) == bits_of(b) || (a != a && b != b); }  // any two NaN are the same
+float from_bf16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
+uint16_t to_bf16(float f) {  // to nearest, ties to even
+  return f != f ? 0x7fc0 : uint16_t((bits_of(f) + 0x7fff + (bits_of(f) >> 16 & 1)) >> 16);
+}
+
+// The thread's floating-point control and status registers.
+#if defined(__SSE2__)
+uint64_t float_state() { return _mm_getcsr(); }
+void set_float_state(uint64_t state) { _mm_setcsr(unsigned(state)); }
+constexpr uint64_t kFlushing = 0x9fc0, kOddState = 0x5f91;  // odd: rounds up, two flags are up
+#elif defined(__aarch64__)
+uint64_t float_state() {
+  uint64_t control, status;
+  __asm__ volatile("mrs %0, fpcr\n mrs %1, fpsr" : "=r"(control), "=r"(status));
+  return control | status << 32;
+}
+void set_float_state(uint64_t state) {
+  __asm__ volatile("msr fpcr, %0\n msr fpsr, %1" : : "r"(state & 0xffffffff), "r"(state >> 32));
+}
+constexpr uint64_t kFlushing = uint64_t(1) << 24, kOddState = uint64_t(1) << 22 | uint64_t(0x11) << 32;
+#else
+uint64_t float_state() { return 0; }
+void set_float_state(uint64_t) {}
+constexpr uint64_t kFlushing = 0, kOddState = 0;
+#endif
+
+class FloatMode {  // the engine's is kFlushing
+ public:
+  explicit FloatMode(uint64_t state) : before_(float_state()) { set_float_state(state); }
+  ~FloatMode() { set_float_state(before_); }
+
+ private:
+  uint64_t before_;
+};
+
+// Threads of an odd state of their own, which the engine must leave as it was; chunks as unequal as torch's may be.
+std::atomic<bool> state_changed{false};
+
+Threads threads_of(int count) {
+  return {count, [count](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+            const int64_t each = (n + count - 1) / count;
+            std::vector<std::thread> threads;
+            for (int64_t begin = 0; begin < n; begin += each)
+              threads.emplace_back([&body, begin, end = std::min(n, begin + each)] {
+                set_float_state(kOddState);
+                body(begin, end);
+                if (float_state() != kOddState) state_changed = true;
+              });
+            for (std::thread& thread : threads) thread.join();
+          }};
+}
+
+std::vector<const Kernels*> running_here() {  // scalar first, and last the loops of AMX on tiles that are emulated
+  int count;
+  const Implementation* all = implementations(&count);
+  std::vector<const Kernels*> kernels;
+  for (int i = count - 1; i >= 0; i--)
+    if (all[i].runs_here()) kernels.push_back(all[i].kernels);
+  kernels.push_back(kEmulatedTiles);
+  return kernels;
+}
+
+}  // namespace
