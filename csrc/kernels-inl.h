@@ -339,7 +339,8 @@ LOOKUPFFN_INLINE int tables_of_group(const Layer& l, int g) {
 
 // ---- Hash ------------------------------------------------------------------------------------------------------------
 
-// exp(-2 m) for m >= 0, 3 ulp; multiply and add apart, so that it is the same bits everywhere.
+// exp(-2 m) for m >= 0, within 3 ulp and the rounding of 2 m / ln 2, and at least 2^-126; multiply and add apart, so that
+// it is the same bits everywhere.
 LOOKUPFFN_INLINE f32x16 exp_minus_2(f32x16 m) {
   const f32x16 t = max(set1(-126.0f), mul(m, set1(-2.885390081777927f)));  // -2 / ln 2; a NaN stays one
   const f32x16 n = round(t), f = sub(t, n), f2 = mul(f, f);                // f in [-1/2, 1/2]
