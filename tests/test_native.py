@@ -39,7 +39,10 @@ SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 97, 128, 130, 200]
 IMPLEMENTATIONS = [i["name"] for i in native.implementations() if i["runs_here"]]
 PAIRS = [("int8", "int8"), ("bfloat16", "int16"), ("float32", "float32")]  # tables, projection: what prepare chooses
 
-pytestmark = pytest.mark.skipif(os.environ.get("LOOKUPFFN_NATIVE") == "0", reason="LOOKUPFFN_NATIVE=0")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("LOOKUPFFN_NATIVE") == "0", reason="LOOKUPFFN_NATIVE=0"),
+    pytest.mark.usefixtures("one_thread"),
+]
 every_implementation = pytest.mark.parametrize("isa", IMPLEMENTATIONS)
 every_pair = pytest.mark.parametrize(("tables", "projection"), PAIRS)
 
@@ -48,15 +51,6 @@ def examples(share, short):
     """Settings of a property test that takes ``share`` of a long run, or ``short`` examples, always the same ones."""
     count = math.ceil(EXAMPLES * share) if EXAMPLES else short
     return settings(max_examples=count, deadline=None, derandomize=not EXAMPLES, database=None)
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    """One thread, on a machine that may have other work; tests of threads ask for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def call(packed, x, isa="", tiling=None):

@@ -25,20 +25,14 @@ BITS = [1, 2, 8, 16]
 WIDTHS = [1, 3, 16, 33, 64, 130]
 DTYPES = [torch.float32, torch.bfloat16]
 
-pytestmark = pytest.mark.skipif(os.environ.get("LOOKUPFFN_NATIVE") == "0", reason="LOOKUPFFN_NATIVE=0")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("LOOKUPFFN_NATIVE") == "0", reason="LOOKUPFFN_NATIVE=0"),
+    pytest.mark.usefixtures("one_thread"),
+]
 every_implementation = pytest.mark.parametrize("isa", IMPLEMENTATIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EXAMPLES = int(os.environ.get("LOOKUPFFN_TEST_EXAMPLES", "0"))  # of all property tests together; 0: a short run
 property_test = settings(max_examples=EXAMPLES // 8 or 25, deadline=None, derandomize=not EXAMPLES, database=None)
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    """One thread, on a machine that may have other work; tests of threads ask for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -46,15 +46,7 @@ def name(config):
     return f"{config.projection}-D{config.in_features}-b{config.block_size}-tau{config.code_bits}-N{config.reads}"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small work, on a machine that may have other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=name)
 with_projection = pytest.mark.parametrize("config", [c for c in CONFIGS if c.projection != "none"], ids=name)
 every_type = pytest.mark.parametrize(("tables", "projection"), TYPES)
