@@ -1,4 +1,4 @@
-"""The command line: ``lookupffn flops | info | bench | pretrain | demo``."""
+"""The command line: ``lookupffn flops | info | bench | pretrain | finetune | compare | demo``."""
 
 import dataclasses
 import inspect
@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lookupffn import __version__, hardware, native
-from lookupffn.recipe import InputError, PretrainConfig
+from lookupffn.recipe import FinetuneConfig, InputError, PretrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -127,15 +127,7 @@ def pretrain(config: str | None, **flags) -> None:
     Settings come from flags, then from the YAML file of --config, then from the defaults. With several processes:
     torchrun --nproc-per-node 2 -m lookupffn pretrain ...
     """
-    settings = _read_config(config) if config else {}
-    known = {field.name for field in dataclasses.fields(PretrainConfig)}
-    if unknown := set(settings) - known:
-        raise InputError(
-            f"{config}: unknown setting {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
-        )
-    settings |= {name: value for name, value in flags.items() if value is not None and name != "model"}
-    settings["model"] = settings.get("model", {}) | dict(map(_assignment, flags["model"] or []))
-    checked = PretrainConfig(**settings)
+    checked = _settings(PretrainConfig, config, flags)
 
     from lookupffn.training import pretrain as run  # only now: it takes seconds to import
 
@@ -157,11 +149,43 @@ def pretrain(config: str | None, **flags) -> None:
     Console().print(f"model and metrics in {result.output_dir}")
 
 
+def finetune(config: str | None, **flags) -> None:
+    """Fine-tunes a pretrained model as a classifier of texts and measures its accuracy on others."""
+    checked = _settings(FinetuneConfig, config, flags)
+
+    from lookupffn.finetuning import finetune as run  # only now: it takes seconds to import
+
+    _quiet()
+    r = run(checked)
+    error = 100 * r["accuracy_standard_error"]
+    Console().print(
+        f"accuracy {100 * r['accuracy']:.2f} % (standard error {error:.2f}) of {r['texts_tested']:,} texts, "
+        f"{r['training_seconds']:.0f} s of training; model in {checked.output_dir}"
+    )
+
+
+def _settings(record: type, config: str | None, flags: dict):
+    """The record of settings: flags over the YAML file ``config`` over defaults."""
+    settings = _read_config(config) if config else {}
+    known = {field.name for field in dataclasses.fields(record)}
+    if unknown := set(settings) - known:
+        raise InputError(
+            f"{config}: unknown setting {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
+        )
+    for name, value in flags.items():
+        if isinstance(value, list):  # further entries of a dict of settings
+            settings[name] = (settings.get(name) or {}) | dict(_assignment(name, text) for text in value)
+        elif value is not None:
+            settings[name] = value
+    return record(**settings)
+
+
 def _quiet() -> None:
-    """Leaves the terminal to our own progress bars."""
+    """Leaves the terminal to our own progress bars and errors."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _read_config(name: str) -> dict:
@@ -178,19 +202,19 @@ def _read_config(name: str) -> dict:
     return settings
 
 
-def _assignment(text: str) -> tuple[str, object]:
+def _assignment(setting: str, text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"--model takes NAME=VALUE, not {text!r}")
+        raise InputError(f"--{setting.replace('_', '-')} takes NAME=VALUE, not {text!r}")
     return name, yaml.safe_load(value)
 
 
-def _flags() -> inspect.Signature:
-    """A flag for every field of PretrainConfig, unset by default, so that its definition stands in one place."""
+def _flags(record: type) -> inspect.Signature:
+    """A flag for every field of the record, unset by default, so that its definition stands in one place."""
     shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     flags = {"config": Annotated[str | None, typer.Option(help=f"YAML file, or a shipped recipe: {shipped}")]}
-    hints = get_type_hints(PretrainConfig)
-    for field in dataclasses.fields(PretrainConfig):
+    hints = get_type_hints(record)
+    for field in dataclasses.fields(record):
         kind = list[str] if hints[field.name] is dict else hints[field.name]
         default = "" if field.default in (dataclasses.MISSING, None) else f" [{field.default}]"
         option = typer.Option(help=field.metadata["help"] + default, show_default=False)
@@ -199,8 +223,42 @@ def _flags() -> inspect.Signature:
     return inspect.Signature([inspect.Parameter(n, keyword, default=None, annotation=a) for n, a in flags.items()])
 
 
-pretrain.__signature__ = _flags()
+pretrain.__signature__, finetune.__signature__ = _flags(PretrainConfig), _flags(FinetuneConfig)
 app.command()(pretrain)
+app.command()(finetune)
+
+
+@app.command()
+def compare(
+    ffn: Annotated[str, typer.Option(help="recipes of --config and names of feed-forward layers, with commas")],
+    config: Annotated[
+        str | None, typer.Option(help="YAML file with `common` settings of pretrain and named `recipes` over them")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="model size [small]")] = None,
+    data: Annotated[str | None, typer.Option(help="text, as of pretrain [stdlib]")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="optimizer steps; repeat for more horizons [1000]")] = None,
+    seed: Annotated[list[int], typer.Option(help="seed; repeat for more")] = [0],  # noqa: B006
+    jobs: Annotated[int, typer.Option(help="runs at a time, the threads divided among them")] = 1,
+    seconds: Annotated[float, typer.Option(help="time for each form of each layer when speed is measured")] = 1.0,
+    output_dir: Annotated[str, typer.Option(help="folder of runs, table, lines and plot")] = "runs/compare",
+):
+    """Trains feed-forward layers on the same data, seeds and steps, and writes one table; resumed run by run."""
+    settings = _read_config(config) if config else {}
+    if unknown := settings.keys() - {"common", "recipes"}:
+        raise InputError(f"{config}: unknown entry {', '.join(sorted(unknown))}; known are common and recipes")
+    common, recipes = settings.get("common") or {}, settings.get("recipes") or {}
+    for name, entry in {"common": common, "recipes": recipes, **recipes}.items():
+        if not isinstance(entry, dict):
+            raise InputError(f"{config}: {name} must hold settings as 'name: value', not {entry!r}")
+    common |= {name: value for name, value in (("preset", preset), ("data", data)) if value is not None}
+    steps = steps or [common.get("steps", PretrainConfig.steps)]
+    if jobs < 1 or not seconds > 0:
+        raise InputError(f"jobs and seconds must be positive, not {jobs} and {seconds}")
+    from lookupffn import compare as lab  # only now: it takes seconds to import
+
+    _quiet()
+    names = [name.strip() for name in ffn.split(",") if name.strip()]
+    lab.compare(lab.plan(recipes, common, names, seed, steps, output_dir), output_dir, jobs=jobs, seconds=seconds)
 
 
 @app.command()

@@ -99,7 +99,7 @@ def prepare(
     found = _find(source)
     pretrained, vocabulary = None, vocab_size
     if tokenizer is not None:  # known by its content, since what a name stands for may change
-        pretrained = _load_tokenizer(tokenizer)
+        pretrained = load_tokenizer(tokenizer)
         vocabulary = [pretrained.backend_tokenizer.to_str(), pretrained.special_tokens_map]
     recipe = [_FORMAT, found.name, found.files, text_column, block_size, validation_fraction, vocabulary]
     cache = Path(cache_dir or os.environ.get("LOOKUPFFN_CACHE") or "~/.cache/lookupffn").expanduser()
@@ -388,7 +388,7 @@ def _train_tokenizer(read: Callable, vocab_size: int, block_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=block_size, **tokens)
 
 
-def _load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -467,4 +467,4 @@ def _load(folder: Path) -> PretrainingData:
     meta = json.loads((folder / "meta.json").read_text())
     shape = (-1, meta["summary"]["block_size"])
     blocks = [np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r").reshape(shape) for split in SPLITS]
-    return PretrainingData(_load_tokenizer(folder / "tokenizer"), *blocks, meta["summary"])
+    return PretrainingData(load_tokenizer(folder / "tokenizer"), *blocks, meta["summary"])

@@ -160,12 +160,15 @@ def _model_report(result: PretrainResult, timings: list[dict], batch: Tensor) ->
             encoder(torch.stack([result.validation[j]["input_ids"] for j in items]))
     ffn_us = next(t["us_per_token"] for t in timings if t["what"] == "ffn" and t["tokens"] == max(TIMED_TOKENS))
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    names += ("intermediate_size",) if encoder.config.ffn == "dense" else (
-        "num_tables", "code_bits", "reads", "projection", "block_size", "decay",
-    )  # fmt: skip
+    sizes = {name: getattr(encoder.config, name) for name in names}
+    if encoder.config.ffn == "dense":
+        sizes["intermediate_size"] = encoder.config.intermediate_size
+    else:
+        own = ("num_tables", "code_bits", "reads", "projection", "block_size", "decay")
+        sizes |= {name: getattr(ffns[0].config, name) for name in own}
     return {
         "ffn": encoder.config.ffn,
-        "config": {name: getattr(encoder.config, name) for name in names},
+        "config": sizes,
         **{k: result.metrics[k] for k in ("log_perplexity", "log_perplexity_standard_error", "training_seconds")},
         "parameters": result.metrics["parameters"],
         "ffn_parameters": sum(p.numel() for ffn in ffns for p in ffn.parameters()),

@@ -175,7 +175,7 @@ def prepare(
             raise ValueError(
                 f"the layer is on {layer.tables.device}: a prepared layer runs on the CPU, move the model there"
             )
-        return _prepared_layer(layer.config, pack(layer, dtype, projection_dtype), tune)
+        return _prepared_layer(layer.config, pack(layer.for_inference(), dtype, projection_dtype), tune)
 
     return _replace_layers(module, {name: prepared for name, _ in lookup_layers(module)}, inplace)
 

@@ -124,22 +124,29 @@ class BH4(nn.Module):
 
     ``x (..., in_features)`` to ``z (..., out_features)`` in float32, or float64 for a float64 input. ``H`` is the
     orthonormal Walsh-Hadamard matrix of size ``D'``, ``W_i`` block-diagonal; inputs are zero-padded to ``D'``, the
-    ``R`` repeats are concatenated and cut. Equal to ``reference.bh4`` plus bias (paper, section 4.2).
+    ``R`` repeats are concatenated and cut. Equal to ``reference.bh4`` plus bias (paper, section 4.2). ``stages`` other
+    than the 4 of the paper make a longer or shorter product.
 
-    Shapes: weight ``(R, 4, D'/b, b, b)``, rows of a block are outputs; bias ``(out_features)``.
+    Shapes: weight ``(R, stages, D'/b, b, b)``, rows of a block are outputs; bias ``(out_features)``.
     Under autocast ``x`` and the products are in the autocast dtype, the last sum and the bias in float32.
     """
 
-    def __init__(self, in_features: int, out_features: int, block_size: int, decay: float, *, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block_size: int,
+        decay: float,
+        stages: int = STAGES,
+        *,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        self.in_features, self.out_features, self.block_size, self.decay = (
-            in_features,
-            out_features,
-            block_size,
-            decay,
-        )
+        self.in_features, self.out_features, self.block_size = in_features, out_features, block_size
+        self.decay, self.stages = decay, stages
         width = next_power_of_two(in_features)
-        shape = (math.ceil(out_features / width), STAGES, width // block_size, block_size, block_size)
+        shape = (math.ceil(out_features / width), stages, width // block_size, block_size, block_size)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
 
@@ -176,12 +183,14 @@ class LookupFFN(nn.Module):
     the scores only, and a table row only where it was read (paper, section 3; ``reference.py`` has each equation).
 
     Parameters: ``projection.weight`` and ``projection.bias`` (none with ``projection="none"``), ``tables (T, K, E)``,
-    ``bias (E)``. Their initial distribution is in :func:`init_parameters`.
+    ``bias (E)``. Their initial distribution is in :meth:`init_parameters`.
 
     Raises:
         ValueError: the last dimension of the input is not ``in_features``.
         TypeError: the input's dtype is not that of the parameters (and autocast is off).
     """
+
+    row_parameters = ("tables",)
 
     def __init__(self, config: LookupConfig, *, device=None, dtype=None):
         super().__init__()
@@ -195,19 +204,50 @@ class LookupFFN(nn.Module):
             self.projection = nn.Identity()
         self.tables = nn.Parameter(torch.empty(c.num_tables, c.num_rows, c.out_features, **where))
         self.bias = nn.Parameter(torch.empty(c.out_features, **where))
-        init_parameters(self)
+        self.init_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        c = self.config
+        codes, scores = torch.ops.lookupffn.hash_codes(self.project(x), c.reads)  # (B, T, N)
+        y = torch.ops.lookupffn.gather(self.tables, codes, scores) + self.bias  # (B, E)
+        return y.to(x.dtype).reshape(*x.shape[:-1], c.out_features)
+
+    def project(self, x: Tensor) -> Tensor:
+        """``z = P(x)``: ``x (..., in_features)`` to ``(B, T, tau)`` in float32 or better, ``B`` all leading sizes."""
         c = self.config
         if x.dim() < 1 or x.shape[-1] != c.in_features:
             raise ValueError(f"the last dimension of x must be in_features = {c.in_features}; x is {list(x.shape)}")
         if x.dtype != self.tables.dtype and not _autocast_dtype(x.device):
             raise TypeError(f"x is {x.dtype}, the layer's parameters are {self.tables.dtype}: convert one of them")
         z = self.projection(x)  # (..., T tau)
-        z = z.to(ops.at_least_float32(z.dtype)).reshape(-1, c.num_tables, c.code_bits)  # (B, T, tau)
-        codes, scores = torch.ops.lookupffn.hash_codes(z, c.reads)  # (B, T, N)
-        y = torch.ops.lookupffn.gather(self.tables, codes, scores) + self.bias  # (B, E)
-        return y.to(x.dtype).reshape(*x.shape[:-1], c.out_features)
+        return z.to(ops.at_least_float32(z.dtype)).reshape(-1, c.num_tables, c.code_bits)
+
+    @torch.no_grad()
+    def init_parameters(self, std: float | None = None) -> None:
+        """Draws all parameters anew, in place, through ``torch.nn.init`` (so that transformers can guard it).
+
+        ================================  =============  ==========================================================
+        parameter                         distribution   why
+        ================================  =============  ==========================================================
+        ``projection.weight``, BH4        N(0, 1 / b)    with an orthonormal H every stage keeps the variance of x
+        ``projection.weight``, dense      N(0, 1 / D)    the same
+        ``projection.bias``               0
+        ``tables``                        N(0, 0.02^2)   the authors', whatever ``std`` the model's matrices have
+        ``bias``                          0
+        ================================  =============  ==========================================================
+
+        Near-identity blocks would be wrong: ``H^4 = I`` brings zero padding straight back, and those bits are dead.
+        """
+        if self.config.projection != "none":
+            fan_in = self.projection.weight.shape[-1]  # b or D
+            nn.init.normal_(self.projection.weight, 0.0, fan_in**-0.5)
+            nn.init.zeros_(self.projection.bias)
+        nn.init.normal_(self.tables, 0.0, 0.02)
+        nn.init.zeros_(self.bias)
+
+    def for_inference(self) -> LookupFFN:
+        """The layer that gives the same outputs in evaluation and is nothing but a LookupFFN: this one."""
+        return self
 
     def flops(self, tokens: int) -> int:
         """Floating-point operations of a forward pass over ``tokens`` tokens, two a multiply-add.
@@ -295,27 +335,3 @@ class LookupFFN(nn.Module):
         values = (self.tables, self.bias, self.projection.weight * scale, self.projection.bias)
         names = ("tables", "bias", "hash.projection.weight", "hash.projection.bias")
         return {prefix + name: value.detach().clone() for name, value in zip(names, values, strict=True)}
-
-
-@torch.no_grad()
-def init_parameters(layer: LookupFFN) -> None:
-    """Draws all parameters of a layer anew, in place, through ``torch.nn.init`` (so that transformers can guard it).
-
-    ================================  =============  ==========================================================
-    parameter                         distribution   why
-    ================================  =============  ==========================================================
-    ``projection.weight``, BH4        N(0, 1 / b)    with an orthonormal H every stage keeps the variance of x
-    ``projection.weight``, dense      N(0, 1 / D)    the same
-    ``projection.bias``               0
-    ``tables``                        N(0, 0.02^2)   the authors'
-    ``bias``                          0
-    ================================  =============  ==========================================================
-
-    Near-identity blocks would be wrong: ``H^4 = I`` brings zero padding straight back, and those bits are dead.
-    """
-    if layer.config.projection != "none":
-        fan_in = layer.projection.weight.shape[-1]  # b or D
-        nn.init.normal_(layer.projection.weight, 0.0, fan_in**-0.5)
-        nn.init.zeros_(layer.projection.bias)
-    nn.init.normal_(layer.tables, 0.0, 0.02)
-    nn.init.zeros_(layer.bias)

@@ -1,4 +1,4 @@
-"""Masked-LM items from token blocks: what is hidden, and from which seed.
+"""Items of language modelling from token blocks: their order, what is hidden, and from which seed.
 
 Differs from the usual collator: masks and data order are functions of (seed, index), not of a stream of random numbers.
 """
@@ -52,8 +52,13 @@ class MaskedBlocks(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.length:
             raise IndexError(f"item {index} of {self.length}")
+        return self._item(index, self._tokens(index))
+
+    def _tokens(self, index: int) -> np.ndarray:
         epoch, place = divmod(index, len(self.blocks))
-        tokens = self.blocks[self._order(epoch)[place] if self.shuffle else place].astype(np.int64)
+        return self.blocks[self._order(epoch)[place] if self.shuffle else place].astype(np.int64)
+
+    def _item(self, index: int, tokens: np.ndarray) -> dict[str, torch.Tensor]:
         rng = self._rng("masks", index)
         masked = rng.permutation(np.flatnonzero(~self.is_special[tokens]))[: self.num_masked]
         labels = np.full_like(tokens, -100)
@@ -73,8 +78,16 @@ class MaskedBlocks(torch.utils.data.Dataset):
         return np.random.Generator(np.random.Philox(key))
 
 
+class CausalBlocks(MaskedBlocks):
+    """The same blocks in the same order with nothing hidden: `labels` are the ids, for a model that shifts them."""
+
+    def _item(self, index: int, tokens: np.ndarray) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(tokens)
+        return {"input_ids": ids, "labels": ids}
+
+
 def unigram_entropy(dataset: MaskedBlocks) -> float:
-    """Entropy, in nats, of the masked tokens of a fixed evaluation set: the least log perplexity that a
+    """Entropy, in nats, of the labelled tokens of a fixed evaluation set: the least log perplexity that a
     predictor blind to context could reach on it. Raises ValueError if none is masked.
     """
     labels = torch.cat([dataset[index]["labels"] for index in range(len(dataset))] or [torch.empty(0).long()])

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lookupffn import native
-from lookupffn.reference import STAGES, hadamard_matrix
+from lookupffn.reference import hadamard_matrix
 
 MAX_READS = 4  # cells read per table; more would need a search instead of the closed form below
 
@@ -44,10 +44,10 @@ def _times_hadamard(blocks: Tensor) -> Tensor:
 
 
 class _BH4Stages:
-    """The four stages on activations laid out ``(R, n, B, b)``, in which both products are plain matrix products."""
+    """The stages, four in the paper, on activations ``(R, n, B, b)``: both products are plain matrix products."""
 
     def __init__(self, x: Tensor, weight: Tensor):
-        self.repeats, _, self.n, self.b, _ = weight.shape
+        self.repeats, self.stages, self.n, self.b, _ = weight.shape
         tokens = x.shape[0]
         # Folding costs b^3 a block whatever the batch; below b tokens it is cheaper to transform the activations.
         self.fold = tokens > self.b
@@ -78,7 +78,7 @@ class _BH4Stages:
 def _bh4(x: Tensor, weight: Tensor, decay: float, out_features: int) -> Tensor:
     stages = _BH4Stages(x, weight)
     y = stages.x
-    for i in range(STAGES):
+    for i in range(stages.stages):
         y = stages.forward(i, y)
     # The last sum in float32, so that z, whose sign is the code, is not rounded once more.
     out = y.to(at_least_float32(x.dtype)).mul_(decay).add_(stages.x, alpha=1 - decay)
@@ -94,7 +94,7 @@ def _(x, weight, decay, out_features):
 def _bh4_backward(grad: Tensor, x: Tensor, weight: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     stages = _BH4Stages(x, weight)
     inputs = [stages.x]  # recomputed: cheaper than keeping four activations a repeat from the forward pass
-    for i in range(STAGES - 1):
+    for i in range(stages.stages - 1):
         inputs.append(stages.forward(i, inputs[-1]))
     tokens, n, b, repeats = x.shape[0], stages.n, stages.b, stages.repeats
     grad = F.pad(grad, (0, repeats * n * b - grad.shape[1])).to(x.dtype)
@@ -102,7 +102,7 @@ def _bh4_backward(grad: Tensor, x: Tensor, weight: Tensor, decay: float) -> tupl
     grad_x = grad.sum(0) * (1 - decay)
     grad = grad * decay
     grad_weight = torch.empty_like(weight)
-    for i in reversed(range(STAGES)):
+    for i in reversed(range(stages.stages)):
         grad, grad_weight[:, i] = stages.backward(i, inputs[i], grad)
     grad_x = (grad_x + grad.sum(0)).transpose(0, 1).reshape(tokens, n * b)
     return grad_x[:, : x.shape[1]].contiguous(), grad_weight
@@ -128,14 +128,15 @@ _bh4.register_autograd(_bh4_grad, setup_context=_bh4_setup)
 def bh4(x: Tensor, weight: Tensor, decay: float, out_features: int) -> Tensor:
     """BH4 projection, equal to ``reference.bh4``: ``x (B, D)`` to ``(B, out_features)``, float32 or float64.
 
-    ``weight (R, 4, n, b, b)`` with ``n b = D'``, in the dtype of ``x``. Differentiable in ``x`` and ``weight``.
+    ``weight (R, stages, n, b, b)``, 4 stages in the paper, ``n b = D'``, in the dtype of ``x``. Differentiable in
+    ``x`` and ``weight``.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other; the message names them.
     """
-    if x.dim() != 2 or weight.dim() != 5 or weight.shape[1] != STAGES or weight.shape[3] != weight.shape[4]:
+    if x.dim() != 2 or weight.dim() != 5 or weight.shape[3] != weight.shape[4]:
         raise ValueError(
-            f"bh4 needs x (B, D) and weight (R, {STAGES}, n, b, b), not {list(x.shape)}, {list(weight.shape)}"
+            f"bh4 needs x (B, D) and weight (R, stages, n, b, b), not {list(x.shape)}, {list(weight.shape)}"
         )
     width = weight.shape[2] * weight.shape[3]
     if x.shape[1] > width or not 0 < out_features <= weight.shape[0] * width or x.dtype != weight.dtype:
@@ -356,7 +357,7 @@ def _(x_shape, weight_shape, *args, **kwargs):
 
 @register_flop_formula(torch.ops.lookupffn.bh4_backward)
 def _(grad_shape, x_shape, weight_shape, *args, **kwargs):
-    return 3 * bh4_flops(x_shape[0], weight_shape) - bh4_flops(x_shape[0], weight_shape) // STAGES
+    return 3 * bh4_flops(x_shape[0], weight_shape) - bh4_flops(x_shape[0], weight_shape) // weight_shape[1]
 
 
 @register_flop_formula(torch.ops.lookupffn.gather)

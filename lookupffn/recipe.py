@@ -1,11 +1,14 @@
-"""The settings of a pretraining run: their names, defaults, meaning and limits, in one place.
+"""The settings of pretraining and of fine-tuning: their names, defaults, meaning and limits, in one place.
 
-The command line makes its flags from this record, a YAML file uses the same names, and ``training.py`` reads it.
+The command line makes its flags from these records, a YAML file uses the same names, ``training.py`` and
+``finetuning.py`` read them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+
+OBJECTIVES = ("masked", "causal")
 
 
 class InputError(ValueError):
@@ -30,6 +33,7 @@ class PretrainConfig:
     output_dir: str = _setting("runs/pretrain", "folder of checkpoints, metrics and the final model")
     preset: str = _setting("small", "model size, a name in lookupffn.models.PRESETS")
     ffn: str = _setting("lookup", "feed-forward layer, a name in lookupffn.ffns.FFNS")
+    ffn_options: dict = _setting({}, "options of that layer over the preset's, as NAME=VALUE")
     model: dict = _setting({}, "further fields of LookupRobertaConfig over the preset's, as NAME=VALUE")
     data: str = _setting("stdlib", "stdlib, a file or folder of .txt .jsonl .parquet, or a Hugging Face dataset")
     text_column: str = _setting("text", "column of text in .jsonl and .parquet")
@@ -47,6 +51,7 @@ class PretrainConfig:
     adam_beta2: float = _setting(0.98, "AdamW's decay of the variance")
     adam_epsilon: float = _setting(1e-6, "AdamW's epsilon")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    objective: str = _setting("masked", "masked, or causal: predict each next token with a decoder")
     mask_probability: float = _setting(0.15, "share of tokens to predict: 80 % masked, 10 % random, 10 % kept")
     evaluation_sequences: int = _setting(512, "validation blocks evaluated, evenly spaced; 0: all")
     evaluate_every: int = _setting(250, "steps between evaluations")
@@ -56,8 +61,9 @@ class PretrainConfig:
     bf16: bool = _setting(False, "autocast to bfloat16")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field.name, field.type, getattr(self, field.name)))
+        _check_types(self)
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
         for name in ("sequence_length", "steps", "batch_size", "accumulation", "evaluate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -83,18 +89,19 @@ class PretrainConfig:
         import torch
         from huggingface_hub.errors import StrictDataclassError
 
-        from lookupffn.models import LookupRobertaConfig, LookupRobertaForMaskedLM
+        from lookupffn.models import LookupRobertaConfig, LookupRobertaModel
 
         tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
-        if taken := sorted({"ffn", "sparse_prediction", *tokens} & self.model.keys()):
-            raise InputError(f"model cannot set {', '.join(taken)}: the recipe's ffn and the tokenizer decide it")
-        fields = self.model | {"ffn": self.ffn, "sparse_prediction": True}
+        if taken := sorted({"ffn", "ffn_options", "is_decoder", "sparse_prediction", *tokens} & self.model.keys()):
+            raise InputError(f"model cannot set {', '.join(taken)}: the other settings and the tokenizer decide it")
+        fields = self.model | {"ffn": self.ffn, "ffn_options": self.ffn_options, "sparse_prediction": True}
+        fields["is_decoder"] = self.objective == "causal"
         if tokenizer is not None:
             fields |= {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in tokens}
         try:
             config = LookupRobertaConfig.preset(self.preset, **fields)
             with torch.device("meta"):  # every size is checked, no memory touched
-                LookupRobertaForMaskedLM(config)
+                LookupRobertaModel(config)
         except (TypeError, ValueError, StrictDataclassError) as error:
             raise InputError(f"model: {' '.join(str(error).split())}") from error
         if self.sequence_length > config.max_position_embeddings:
@@ -117,6 +124,55 @@ class PretrainConfig:
             text_column=self.text_column,
             validation_fraction=self.validation_fraction,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything that decides a fine-tuning run; `lookupffn finetune` has a flag for each, a YAML file the same names.
+
+    Raises:
+        InputError: a setting has the wrong type or is out of range; the message names it and what would be right.
+    """
+
+    model: str = _setting("runs/pretrain/model", "folder of a pretrained model with its tokenizer")
+    train: str = _setting("train.parquet", "labelled texts to learn from: .parquet, .jsonl or .csv")
+    test: str = _setting("test.parquet", "labelled texts to measure on")
+    output_dir: str = _setting("runs/finetune", "folder of metrics and the final model")
+    text_column: str = _setting("text", "column of text; two with a comma for pairs of sentences")
+    label_column: str = _setting("label", "column of the class, a whole number or a word")
+    max_length: int = _setting(256, "longer texts are cut to this many tokens")
+    epochs: int = _setting(3, "passes over the training texts")
+    batch_size: int = _setting(32, "texts a step")
+    learning_rate: float = _setting(3e-4, "peak; after the warm-up linear to 0")
+    table_learning_rate_multiplier: float = _setting(3.0, "the tables' learning rate over the others'")
+    warmup_fraction: float = _setting(0.06, "share of the steps in which the learning rate rises")
+    weight_decay: float = _setting(0.01, "of matrices; norms, biases and tables have none")
+    adam_beta1: float = _setting(0.9, "AdamW's decay of the mean")
+    adam_beta2: float = _setting(0.98, "AdamW's decay of the variance")
+    adam_epsilon: float = _setting(1e-6, "AdamW's epsilon")
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
+    seed: int = _setting(0, "of the head, the order of texts and dropout")
+    bf16: bool = _setting(False, "autocast to bfloat16")
+
+    def __post_init__(self):
+        _check_types(self)
+        for name in ("max_length", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("learning_rate", "table_learning_rate_multiplier", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
+        for name in ("warmup_fraction", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
+        for name in ("seed", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
+
+
+def _check_types(record) -> None:
+    for field in dataclasses.fields(record):
+        object.__setattr__(record, field.name, _checked(field.name, field.type, getattr(record, field.name)))
 
 
 def _checked(name: str, kind: str, value):

@@ -114,12 +114,15 @@ def _onnxruntime(int8: bool):
         if int8:
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
-            logging.getLogger().setLevel(logging.ERROR)  # it advises on preprocessing, which changes nothing here
+            root = logging.getLogger()
+            level = root.level
+            root.setLevel(logging.ERROR)  # it advises on preprocessing, which changes nothing here
             with tempfile.TemporaryDirectory() as folder:
                 source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
                 source.write_bytes(model)
                 quantize_dynamic(source, target, weight_type=QuantType.QInt8)
                 model = target.read_bytes()
+            root.setLevel(level)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.add_session_config_entry("session.force_spinning_stop", "1")  # not while another engine is timed

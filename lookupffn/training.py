@@ -26,15 +26,17 @@ from lookupffn import checkpoint
 from lookupffn.data import PretrainingData
 from lookupffn.diagnostics import HashMonitor
 from lookupffn.hardware import machine
-from lookupffn.layer import LookupFFN
-from lookupffn.masking import MaskedBlocks, unigram_entropy
-from lookupffn.models import LookupRobertaForMaskedLM
-from lookupffn.recipe import InputError, PretrainConfig
+from lookupffn.masking import CausalBlocks, MaskedBlocks, unigram_entropy
+from lookupffn.models import LookupRobertaForCausalLM, LookupRobertaForMaskedLM
+from lookupffn.recipe import FinetuneConfig, InputError, PretrainConfig
 
 
-def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict]:
-    """Three groups for the optimizer: matrices (decayed), norms and biases (not), tables (not, own learning rate)."""
-    tables = {id(m.tables) for m in model.modules() if isinstance(m, LookupFFN)}
+def parameter_groups(model: nn.Module, config: PretrainConfig | FinetuneConfig) -> list[dict]:
+    """Three groups for the optimizer: matrices (decayed), norms and biases (not), tables (not, own learning rate).
+
+    Tables are what a token reads rows of: the parameters that a module names in ``row_parameters``.
+    """
+    tables = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "row_parameters", ())}
     matrices, vectors, lookups = [], [], []
     for parameter in model.parameters():
         group = lookups if id(parameter) in tables else matrices if parameter.dim() >= 2 else vectors
@@ -66,7 +68,7 @@ def evaluate(model: nn.Module, dataset: MaskedBlocks, batch_size: int = 32, rank
         items = [dataset[i] for i in indices[start : start + batch_size]]
         batch = {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
         logits = model(**batch).logits.float()
-        labels = batch["labels"]
+        labels = model.targets(batch["labels"])
         if logits.dim() == 3:
             logits = logits[labels != -100]
         losses = F.cross_entropy(logits, labels[labels != -100], reduction="none").double()
@@ -92,7 +94,8 @@ def build_model(config: PretrainConfig, tokenizer) -> LookupRobertaForMaskedLM:
 
     So twins that differ in their FFN start from the same embeddings, attention and head, to the bit.
     """
-    model = LookupRobertaForMaskedLM(config.model_config(tokenizer))
+    kind = LookupRobertaForCausalLM if config.objective == "causal" else LookupRobertaForMaskedLM
+    model = kind(config.model_config(tokenizer))
     for name, module in reversed(list(model.named_modules())):  # children first: a lookup layer draws its projection
         digest = hashlib.blake2b(f"{config.seed} {name}".encode(), digest_size=7).digest()
         torch.manual_seed(int.from_bytes(digest, "big"))
@@ -100,8 +103,20 @@ def build_model(config: PretrainConfig, tokenizer) -> LookupRobertaForMaskedLM:
     return model
 
 
-class _PretrainingTrainer(Trainer):
-    def __init__(self, *, config: PretrainConfig, **kwargs):
+def datasets(config: PretrainConfig, data: PretrainingData) -> tuple[MaskedBlocks, MaskedBlocks]:
+    """What a run trains on, in its order, and the fixed set that it is evaluated on."""
+    masks = {"tokenizer": data.tokenizer, "mask_probability": config.mask_probability}
+    blocks = CausalBlocks if config.objective == "causal" else MaskedBlocks
+    train = blocks(data.train, seed=config.seed, length=config.steps * config.batch_size, shuffle=True, **masks)
+    # Seed 0 whatever config.seed is: the evaluation is the same for all runs on the same data.
+    every = max(1, len(data.validation) // (config.evaluation_sequences or len(data.validation)))
+    return train, blocks(data.validation[::every][: config.evaluation_sequences or None], seed=0, **masks)
+
+
+class GroupedTrainer(Trainer):
+    """A Trainer whose AdamW has the groups of :func:`parameter_groups`, by the settings of ``config``."""
+
+    def __init__(self, *, config: PretrainConfig | FinetuneConfig, **kwargs):
         self.config = config
         super().__init__(**kwargs)
 
@@ -115,6 +130,8 @@ class _PretrainingTrainer(Trainer):
         )
         return self.optimizer
 
+
+class _PretrainingTrainer(GroupedTrainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self.accelerator.autocast():
             sums = evaluate(
@@ -186,11 +203,11 @@ class _Metrics(TrainerCallback):
         self.monitor.reset()  # what it has just seen was not training
 
 
-class _Progress(TrainerCallback):
-    """One progress bar: steps, and the latest training and validation log perplexity."""
+class Progress(TrainerCallback):
+    """One progress bar: steps, the latest training loss, and each of ``shown``, a label for a metric's name."""
 
-    def __init__(self, title: str):
-        self.title, self.shown = title, {}
+    def __init__(self, title: str, **shown: str):
+        self.title, self.metrics, self.values = title, {"train": "loss"} | shown, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
@@ -206,11 +223,9 @@ class _Progress(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for name, key in (("train", "loss"), ("validation", "eval_log_perplexity")):
-            if key in logs:
-                self.shown[name] = f"{logs[key]:.3f}"
+        self.values |= {label: f"{logs[key]:.3f}" for label, key in self.metrics.items() if key in logs}
         if hasattr(self, "bar"):
-            self.bar.set_postfix(self.shown)
+            self.bar.set_postfix(self.values)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -245,12 +260,7 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         )
     output_dir = Path(config.output_dir)
     data = data or config.prepare_data()
-    masks = {"tokenizer": data.tokenizer, "mask_probability": config.mask_probability}
-    train = MaskedBlocks(data.train, seed=config.seed, length=config.steps * config.batch_size, shuffle=True, **masks)
-    # Seed 0 whatever config.seed is: the evaluation is the same for all runs on the same data.
-    every = max(1, len(data.validation) // (config.evaluation_sequences or len(data.validation)))
-    validation = MaskedBlocks(data.validation[::every][: config.evaluation_sequences or None], seed=0, **masks)
-
+    train, validation = datasets(config, data)
     model = build_model(config, data.tokenizer)
     _claim(output_dir, config, data)  # only now, when nothing of the input can be refused any more
     set_seed(config.seed)  # of dropout
@@ -267,7 +277,7 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         tensorboard = TensorBoardCallback()
         tensorboard.logging_dir = str(output_dir / "tensorboard")
         written = _Metrics(config, monitor)
-        for callback in (_Checkpoints(), written, _Progress(config.ffn), tensorboard):
+        for callback in (_Checkpoints(), written, Progress(config.ffn, validation="eval_log_perplexity"), tensorboard):
             trainer.add_callback(callback)
         if trainer.is_world_process_zero():
             checkpoint.keep_latest(output_dir, keep=2)  # a damaged one would be written into, its marker still there
@@ -275,8 +285,11 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         latest = checkpoint.latest_complete(output_dir)
         trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         seconds = written.seconds()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_log_perplexity" in entry]
+    if not evaluations or evaluations[-1]["step"] != config.steps:  # or the last step has evaluated already
+        evaluations = [trainer.evaluate()]
     metrics = {
-        **{name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()},
+        **{name.removeprefix("eval_"): evaluations[-1][name] for name in evaluations[-1] if name.startswith("eval_")},
         "steps": config.steps,
         "tokens_trained": config.steps * config.batch_size * config.sequence_length,
         "training_seconds": seconds,
@@ -293,7 +306,7 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
     if trainer.is_world_process_zero():
         _save_final(output_dir, model, data.tokenizer, metrics)
     trainer.accelerator.wait_for_everyone()
-    return PretrainResult(model, data, validation, metrics, output_dir, _curve(output_dir))
+    return PretrainResult(model, data, validation, metrics, output_dir, curve(output_dir))
 
 
 def _training_arguments(config: PretrainConfig, ranks: int) -> TrainingArguments:
@@ -355,8 +368,8 @@ def _save_final(output_dir: Path, model: LookupRobertaForMaskedLM, tokenizer, me
     checkpoint.atomic_write(output_dir / "results.json", json.dumps(metrics, indent=1) + "\n")
 
 
-def _curve(output_dir: Path) -> list[dict]:
-    """Every evaluation logged in ``metrics.jsonl``, once a step."""
+def curve(output_dir: Path) -> list[dict]:
+    """``{"step", "tokens", "log_perplexity"}`` of every evaluation in the ``metrics.jsonl`` of a run, once a step."""
     points = {
         line["step"]: {k: line[k] for k in ("step", "tokens")} | {"log_perplexity": line["eval_log_perplexity"]}
         for line in read_metrics(output_dir / "metrics.jsonl")

@@ -99,6 +99,6 @@ def test_an_unknown_setting_is_named(tmp_path, run):
 
 
 def test_assignments_take_yaml_values():
-    assert _assignment("num_tables=8") == ("num_tables", 8)
-    assert _assignment("projection=dense") == ("projection", "dense")
-    assert _assignment("decay=0.5") == ("decay", 0.5)
+    assert _assignment("model", "num_tables=8") == ("num_tables", 8)
+    assert _assignment("model", "projection=dense") == ("projection", "dense")
+    assert _assignment("model", "decay=0.5") == ("decay", 0.5)

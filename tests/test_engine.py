@@ -233,7 +233,8 @@ def test_training_mode_is_that_of_the_model():
 
 
 def tiny_model():
-    sizes = dict(vocab_size=97, num_hidden_layers=2, hidden_size=48, num_attention_heads=3, num_tables=9, block_size=16)
+    sizes = dict(vocab_size=97, num_hidden_layers=2, hidden_size=48, num_attention_heads=3)
+    sizes["ffn_options"] = dict(num_tables=9, block_size=16)
     torch.manual_seed(0)
     return LookupRobertaForMaskedLM(LookupRobertaConfig.preset("small", **sizes)).eval()
 

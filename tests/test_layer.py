@@ -9,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lookupffn import LookupConfig, LookupFFN, reference
-from lookupffn.layer import init_parameters
 
 F64 = torch.float64
 
@@ -162,7 +161,7 @@ def test_meta_device_then_materialised(config):
     layer = LookupFFN(config, device="meta")
     assert layer(torch.empty(2, 3, config.in_features, device="meta")).shape == (2, 3, config.out_features)
     layer = layer.to_empty(device="cpu")
-    init_parameters(layer)
+    layer.init_parameters()
     assert layer(torch.randn(4, config.in_features)).isfinite().all()
 
 

@@ -34,7 +34,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*pin_memory.*:UserWarning",
 )
 
-SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_tables=6, code_bits=4, vocab_size=300)
+SIZES = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, vocab_size=300)
+TABLES = dict(num_tables=6, code_bits=4)
 WORDS = [
     "the",
     "cat",
@@ -75,6 +76,7 @@ def config_for(corpus, output_dir, **changes):
         output_dir=str(output_dir),
         preset="small",
         model=dict(SIZES),
+        ffn_options={} if changes.get("ffn") == "dense" else TABLES,
         data=str(corpus),
         validation_fraction=0.1,
         sequence_length=16,
@@ -92,11 +94,11 @@ def config_for(corpus, output_dir, **changes):
 def command(config, *launcher):
     flags = []
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name == "model":
-            flags += [f"--model={k}={v}" for k, v in value.items()]
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if isinstance(value, dict):
+            flags += [f"{flag}={k}={v}" for k, v in value.items()]
         elif field.name != "bf16" and value is not None:
-            flags.append(f"--{field.name.replace('_', '-')}={value}")
+            flags.append(f"{flag}={value}")
     return [sys.executable, *launcher, "-m", "lookupffn", "pretrain", *flags]
 
 
@@ -226,22 +228,24 @@ def test_numbers_may_come_as_yaml_reads_them():
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("settings", "message"),
     [
-        ({"num_tabels": 7}, "model: LookupRobertaConfig has no field num_tabels"),
-        ({"ffn": "dense"}, "model cannot set ffn"),
-        ({"num_tables": "many"}, "model: .*num_tables"),
-        ({"block_size": 256}, "model: block_size must be a power of two, 1 to 128"),
-        ({"num_attention_heads": 5}, "model: hidden_size 128 must be a multiple"),
-        ({"max_position_embeddings": 64}, "sequence_length 128 must be at most .* 64"),
+        ({"model": {"num_tabels": 7}}, "model: LookupRobertaConfig has no field num_tabels"),
+        ({"model": {"ffn": "dense"}}, "model cannot set ffn"),
+        ({"model": {"is_decoder": True}}, "model cannot set is_decoder"),
+        ({"model": {"num_attention_heads": 5}}, "model: hidden_size 128 must be a multiple"),
+        ({"model": {"max_position_embeddings": 64}}, "sequence_length 128 must be at most .* 64"),
+        ({"ffn_options": {"num_tables": "many"}}, "model: num_tables must be an int, not 'many'"),
+        ({"ffn_options": {"block_size": 256}}, "model: block_size must be a power of two, 1 to 128"),
+        ({"ffn_options": {"tables": 3}}, "model: ffn_options of lookup cannot be tables; known are num_tables"),
     ],
 )
-def test_model_fields_that_are_not_the_users_are_refused(model, message):
+def test_model_fields_that_are_not_the_users_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        PretrainConfig(preset="small", model=model).prepare_data()
+        PretrainConfig(preset="small", **settings).prepare_data()
 
 
-@pytest.mark.parametrize(("name", "value"), [("preset", "tiny"), ("ffn", "slide")])
+@pytest.mark.parametrize(("name", "value"), [("preset", "tiny"), ("ffn", "sparse")])
 def test_an_unknown_preset_or_ffn_is_refused_before_any_text_is_read(name, value):
     with pytest.raises(InputError, match=f"model: {name} must be one of .* not '{value}'"):
         PretrainConfig(data="/nowhere", **{name: value}).prepare_data()

@@ -1,9 +1,16 @@
 """Hugging Face models with a choice of feed-forward layer; importing this registers them with the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from lookupffn.models.configuration import PRESETS, LookupRobertaConfig
 from lookupffn.models.modeling import (
+    LookupRobertaForCausalLM,
     LookupRobertaForMaskedLM,
     LookupRobertaForSequenceClassification,
     LookupRobertaModel,
@@ -11,12 +18,14 @@ from lookupffn.models.modeling import (
 
 AutoConfig.register(LookupRobertaConfig.model_type, LookupRobertaConfig)
 AutoModel.register(LookupRobertaConfig, LookupRobertaModel)
+AutoModelForCausalLM.register(LookupRobertaConfig, LookupRobertaForCausalLM)
 AutoModelForMaskedLM.register(LookupRobertaConfig, LookupRobertaForMaskedLM)
 AutoModelForSequenceClassification.register(LookupRobertaConfig, LookupRobertaForSequenceClassification)
 
 __all__ = [
     "PRESETS",
     "LookupRobertaConfig",
+    "LookupRobertaForCausalLM",
     "LookupRobertaForMaskedLM",
     "LookupRobertaForSequenceClassification",
     "LookupRobertaModel",

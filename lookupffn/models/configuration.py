@@ -13,9 +13,10 @@ class LookupRobertaConfig(PreTrainedConfig):
     Sizes follow `transformers.RobertaConfig`. `max_position_embeddings` counts tokens (no offset for padding).
 
     Args:
-        ffn: `"dense"` or `"lookup"`, a name in `lookupffn.ffns.FFNS`.
-        num_tables, code_bits, projection, block_size, decay, reads: of the lookup layer, as in
-            [`lookupffn.LookupConfig`]; a dense layer ignores them and uses `intermediate_size`.
+        ffn: a name in `lookupffn.ffns.FFNS`.
+        ffn_options: numbers and words for that layer, by the names of its constructor; for `"lookup"` the fields of
+            [`lookupffn.LookupConfig`]. What is not given has the layer's own default.
+        is_decoder: a token attends to itself and to those before it, not to those after.
         sparse_prediction: with labels, compute logits of labelled positions only; `logits` is then
             (labelled tokens, vocab_size). Saves most of the head's work in pretraining.
     """
@@ -28,12 +29,7 @@ class LookupRobertaConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     intermediate_size: int = 2048
     ffn: str = "lookup"
-    num_tables: int = 128
-    code_bits: int = 8
-    projection: str = "bh4"
-    block_size: int = 64
-    decay: float | int = 0.7
-    reads: int = 1
+    ffn_options: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int | None = None
@@ -44,11 +40,14 @@ class LookupRobertaConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = True
+    is_decoder: bool = False
     sparse_prediction: bool = False
 
     @classmethod
     def preset(cls, name: str, **changes) -> "LookupRobertaConfig":
         """The configuration called `name` in `PRESETS`, with `changes` applied.
+
+        A preset has options for several FFNs; those of the chosen one are taken, and `changes` wins over them.
 
         Raises:
             ValueError: there is no such preset, or no such field.
@@ -57,7 +56,10 @@ class LookupRobertaConfig(PreTrainedConfig):
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {name!r}")
         if unknown := sorted(changes.keys() - {field.name for field in dataclasses.fields(cls)}):
             raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
-        return cls(**PRESETS[name] | changes)
+        fields = PRESETS[name] | changes
+        options = PRESETS[name]["ffn_options"].get(fields.get("ffn", cls.ffn), {})
+        fields["ffn_options"] = options | changes.get("ffn_options", {})
+        return cls(**fields)
 
 
 # The last comment of each: feed-forward multiply-adds, dense over lookup.
@@ -69,21 +71,25 @@ PRESETS = {
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=512,
-        num_tables=32,
-        block_size=32,
-        reads=2,
+        ffn_options={"lookup": {"num_tables": 32, "block_size": 32, "reads": 2}},
         initializer_range=0.06,  # 0.02 suits wide models; at this width attention would start all but uniform
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     ),  # 3.2
     # the authors' small-512, lookup-t128-s8-bh4
-    "small-512": dict(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048),  # 6.4
+    "small-512": dict(
+        hidden_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        intermediate_size=2048,
+        ffn_options={"lookup": {"num_tables": 128}},
+    ),  # 6.4
     # RoBERTa-base, with tables for about the same saving
     "base": dict(
         hidden_size=768,
         num_hidden_layers=12,
         num_attention_heads=12,
         intermediate_size=3072,
-        num_tables=256,
+        ffn_options={"lookup": {"num_tables": 256}},
     ),  # 6.5
 }

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,7 +21,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from lookupffn.ffns import build_ffn
-from lookupffn.layer import LookupFFN, init_parameters
 from lookupffn.models.configuration import LookupRobertaConfig
 
 
@@ -61,9 +60,7 @@ def sinusoids(length: int, width: int, device=None) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of every token to every token that is not padding."""
-
-    is_causal = False
+    """Multi-head attention of every token to every token that is not padding, nor after it with ``is_decoder``."""
 
     def __init__(self, config: LookupRobertaConfig):
         super().__init__()
@@ -73,6 +70,7 @@ class SelfAttention(nn.Module):
                 f"which is {config.num_attention_heads}"
             )
         self.config = config
+        self.is_causal = config.is_decoder
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -120,13 +118,23 @@ class LookupRobertaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Linear and word embedding weights N(0, initializer_range^2), positions sinusoids of that size, norms 1,
-        biases 0; a lookup layer its own law (``layer.init_parameters``)."""
+        biases 0; what an FFN holds outside such modules by its own law (``init_parameters``)."""
         super()._init_weights(module)
-        if isinstance(module, LookupFFN):
-            init_parameters(module)
+        if hasattr(module, "init_parameters"):
+            module.init_parameters(self.config.initializer_range)
         elif isinstance(module, PositionEmbedding):
             waves = sinusoids(*module.weight.shape, device=module.weight.device)
             initialization.copy_(module.weight, self.config.initializer_range * waves)
+
+
+def _auxiliary_loss(encoder: LookupRobertaModel) -> Tensor | float:
+    """Sum of what the feed-forward layers add to the training loss; 0 where they add nothing. They forget it."""
+    total = 0.0
+    for layer in encoder.layers:
+        if getattr(layer.ffn, "auxiliary_loss", None) is not None:
+            total = total + layer.ffn.auxiliary_loss
+            layer.ffn.auxiliary_loss = None  # its graph would keep the model from being copied
+    return total
 
 
 class LookupRobertaModel(LookupRobertaPreTrainedModel):
@@ -160,7 +168,12 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        masks = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
+        mask = (
+            create_causal_mask(**masks, past_key_values=None)
+            if self.config.is_decoder
+            else create_bidirectional_mask(**masks)
+        )
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
@@ -187,7 +200,7 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
         )
 
 
-class MaskedLMHead(nn.Module):
+class LanguageModelHead(nn.Module):
     """RoBERTa's head, ``decoder(norm(gelu(dense(x))))``; the decoder's weight is the word embedding."""
 
     def __init__(self, config: LookupRobertaConfig):
@@ -208,7 +221,7 @@ class LookupRobertaForMaskedLM(LookupRobertaPreTrainedModel):
     def __init__(self, config: LookupRobertaConfig):
         super().__init__(config)
         self.encoder = LookupRobertaModel(config)
-        self.lm_head = MaskedLMHead(config)
+        self.lm_head = LanguageModelHead(config)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -216,6 +229,10 @@ class LookupRobertaForMaskedLM(LookupRobertaPreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head.decoder = value
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """The token to predict at each position, or -100, given ``labels`` as ``forward`` takes them."""
+        return labels
 
     @can_return_tuple
     def forward(
@@ -229,18 +246,43 @@ class LookupRobertaForMaskedLM(LookupRobertaPreTrainedModel):
         **kwargs,
     ) -> MaskedLMOutput:
         """``labels (batch, length)`` holds the token to predict, or -100; the loss is its mean negative
-        log-likelihood in nats over labelled tokens, or their sum over ``num_items_in_batch`` where that is given."""
+        log-likelihood in nats over labelled tokens, or their sum over ``num_items_in_batch`` where that is given; in
+        training with the FFNs' own losses, in the labelled tokens' share."""
         outputs = self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         hidden_states, loss = outputs.last_hidden_state, None
-        if labels is not None and self.config.sparse_prediction:
-            hidden_states, labels = hidden_states[labels != -100], labels[labels != -100]
+        if labels is not None:
+            labels = self.targets(labels)
+            if self.config.sparse_prediction:
+                hidden_states, labels = hidden_states[labels != -100], labels[labels != -100]
         logits = self.lm_head(hidden_states)
         if labels is not None:
+            here = (labels != -100).sum()
             total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
-            loss = total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+            loss = (total + here * _auxiliary_loss(self.encoder)) / (
+                here if num_items_in_batch is None else num_items_in_batch
+            )
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+class LookupRobertaForCausalLM(LookupRobertaForMaskedLM):
+    """The same model as a decoder, which predicts every next token; ``config.is_decoder`` must be set.
+
+    ``labels`` are the input's ids, or -100, as everywhere in transformers: shifted here. For training and scoring;
+    it has no cache of keys and values to generate from.
+
+    Raises:
+        ValueError: ``config.is_decoder`` is not set, so that a token would see what it is to predict.
+    """
+
+    def __init__(self, config: LookupRobertaConfig):
+        if not config.is_decoder:
+            raise ValueError("LookupRobertaForCausalLM needs is_decoder=True in its config")
+        super().__init__(config)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 class LookupRobertaForSequenceClassification(LookupRobertaPreTrainedModel):
@@ -274,6 +316,7 @@ class LookupRobertaForSequenceClassification(LookupRobertaPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss = loss + _auxiliary_loss(self.encoder)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -1,0 +1,128 @@
+"""A comparison of feed-forward layers for people: one row a recipe and horizon, as a table and as a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def summarise(records: Sequence[dict]) -> list[dict]:
+    """One row for each recipe and number of tokens: means over seeds, their spread, and the difference to ``dense``.
+
+    ``spread`` is the standard deviation over seeds (None for one seed); ``difference`` the mean over the seeds that
+    both have of log perplexity less that of the recipe called ``dense`` at the same tokens (None without one).
+    """
+    groups: dict[tuple[int, str], list[dict]] = {}
+    for record in records:
+        groups.setdefault((record["tokens"], record["recipe"]), []).append(record)
+    rows = []
+    for (tokens, recipe), group in sorted(groups.items(), key=lambda item: item[0][0]):
+        values = [record["log_perplexity"] for record in group]
+        dense = {record["seed"]: record["log_perplexity"] for record in groups.get((tokens, "dense"), [])}
+        paired = [r["log_perplexity"] - dense[r["seed"]] for r in group if r["seed"] in dense]
+        int8 = [r["log_perplexity_int8"] - r["log_perplexity"] for r in group if r["log_perplexity_int8"] is not None]
+        macs = [r["ffn_macs_per_token"] for r in groups.get((tokens, "dense"), [])]
+        same = (
+            "parameters",
+            "ffn_macs_per_token",
+            "ffn_bytes_per_token",
+            "ffn_us_per_token",
+            "ffn_engine",
+            "ffn_dtype",
+        )
+        rows.append(
+            {
+                "recipe": recipe,
+                "tokens": tokens,
+                "seeds": len(group),
+                "log_perplexity": statistics.mean(values),
+                "spread": statistics.stdev(values) if len(values) > 1 else None,
+                "difference": statistics.mean(paired) if paired and recipe != "dense" else None,
+                "int8_difference": statistics.mean(int8) if int8 else None,
+                "macs_ratio": macs[0] / group[0]["ffn_macs_per_token"] if macs else None,
+                "training_tokens_per_second": statistics.mean(r["training_tokens_per_second"] for r in group),
+                **{name: group[0][name] for name in same},
+            }
+        )
+    return rows
+
+
+# Heading, form, and whether the terminal has room for it; the Markdown table has all.
+_COLUMNS = (
+    ("recipe", "{recipe}", True),
+    ("tokens", "{tokens:,}", True),
+    ("seeds", "{seeds}", True),
+    ("log perplexity", "{log_perplexity:.4f}", True),
+    ("spread", "{spread:.4f}", True),
+    ("- dense", "{difference:+.4f}", True),
+    ("int8 - float32", "{int8_difference:+.5f}", False),
+    ("FFN multiply-adds", "{ffn_macs_per_token:,}", False),
+    ("dense / it", "{macs_ratio:.1f}", True),
+    ("FFN bytes a token", "{ffn_bytes_per_token:,}", False),
+    ("parameters", "{parameters:,}", False),
+    ("trained tokens/s", "{training_tokens_per_second:,.0f}", False),
+    ("FFN µs a token", "{ffn_us_per_token:.3f}", True),
+    ("engine", "{ffn_engine} {ffn_dtype}", False),
+)
+
+
+def _cell(row: dict, form: str) -> str:
+    return "-" if any(value is None and f"{{{name}:" in form for name, value in row.items()) else form.format(**row)
+
+
+def markdown(records: Sequence[dict]) -> str:
+    """The table of :func:`summarise` in Markdown."""
+    lines = [[heading for heading, _, _ in _COLUMNS], ["---", *["---:"] * (len(_COLUMNS) - 2), "---"]]
+    lines += [[_cell(row, form) for _, form, _ in _COLUMNS] for row in summarise(records)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def show(records: Sequence[dict], console: Console) -> None:
+    """Prints what matters most of the table of :func:`summarise`."""
+    columns = [(heading, form) for heading, form, has_room in _COLUMNS if has_room]
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption="log perplexity in nats, spread over seeds")
+    for heading, _ in columns:
+        table.add_column(heading, justify="left" if heading == "recipe" else "right", overflow="fold")
+    for row in summarise(records):
+        table.add_row(*(_cell(row, form) for _, form in columns))
+    console.print(table)
+
+
+def plot(records: Sequence[dict], path: Path) -> None:
+    """Log perplexity against multiply-adds and against measured time, a point a recipe and a panel row a horizon."""
+    from matplotlib.figure import Figure
+
+    rows = summarise(records)
+    horizons = sorted({row["tokens"] for row in rows})
+    figure = Figure(figsize=(11, 4.2 * len(horizons)), layout="constrained")
+    axes = figure.subplots(len(horizons), 2, squeeze=False)
+    for tokens, (flops, micros) in zip(horizons, axes, strict=True):
+        here = [row for row in rows if row["tokens"] == tokens]
+        for ax, key, label in (
+            (flops, "ffn_macs_per_token", "FFN multiply-adds a token"),
+            (micros, "ffn_us_per_token", "FFN µs a token here, fastest form at hand"),
+        ):
+            for row in here:
+                filled = "none" if row["recipe"] == "dense" else None
+                mark = ax.errorbar(
+                    row[key], row["log_perplexity"], yerr=row["spread"], fmt="o", capsize=3, markerfacecolor=filled
+                )
+                ax.annotate(
+                    row["recipe"], (row[key], row["log_perplexity"]), textcoords="offset points", xytext=(6, 4),
+                    fontsize=8, color=mark[0].get_color(),
+                )  # fmt: skip
+            best, front = float("inf"), []
+            for row in sorted(here, key=lambda row: row[key]):
+                if row["log_perplexity"] < best:
+                    best = row["log_perplexity"]
+                    front.append((row[key], best))
+            ax.step(*zip(*front, strict=True), where="post", color="0.7", zorder=0, linewidth=1)
+            ax.set(xscale="log", xlabel=label, ylabel="log perplexity, nats", title=f"{tokens:,} tokens")
+            ax.grid(color="0.92")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
