@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -24,15 +25,16 @@ from torch import nn
 from lookupffn import native
 from lookupffn.checkpoint import atomic_write
 from lookupffn.engine import prepare
-from lookupffn.ffns import FFNS
+from lookupffn.ffns import FFNS, build_ffn
 from lookupffn.ffns.dense import DenseFFN
+from lookupffn.hardware import machine
 from lookupffn.layer import LookupFFN
 from lookupffn.models import LookupRobertaForCausalLM, LookupRobertaForMaskedLM
 from lookupffn.recipe import InputError, PretrainConfig
 from lookupffn.report.comparison import markdown, plot, show
 from lookupffn.rivals import DENSE_ENGINES
 from lookupffn.timing import time_interleaved
-from lookupffn.training import curve, datasets, evaluate, log_perplexity
+from lookupffn.training import curve, datasets, evaluate, log_perplexity, read_metrics
 
 TIMED_TOKENS = 512
 
@@ -52,19 +54,15 @@ class Run:
     def finished(self) -> bool:
         """Whether results lie there that these settings gave."""
         try:
-            settings = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            written = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        asked = dataclasses.asdict(self.config)
-        return all(settings.get(name) == asked[name] for name in asked if name != "output_dir")
+        return not self.config.changes(written)
 
     def steps_done(self) -> int:
-        try:
-            lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            return json.loads(lines[-1])["step"] if lines else 0
-        except (OSError, ValueError):
-            return 0
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        return lines[-1]["step"] if lines else 0
 
 
 def plan(
@@ -194,7 +192,6 @@ def _records(runs: Sequence[Run], seconds: float) -> list[dict]:
     records = []
     for run in runs:
         results, config = _results(run), run.config
-        model_bytes = _load(run).encoder.layers[0].ffn.bytes_read(1)
         records.append(
             {
                 "ffn": config.ffn,
@@ -204,18 +201,32 @@ def _records(runs: Sequence[Run], seconds: float) -> list[dict]:
                 **{k: results[k] for k in ("log_perplexity", "log_perplexity_standard_error", "tokens_evaluated")},
                 "log_perplexity_int8": _prepared_quality(run),
                 **{k: results[k] for k in ("unigram_entropy", "ffn_macs_per_token", "model_macs_per_token")},
-                "ffn_bytes_per_token": model_bytes,
+                "ffn_bytes_per_token": _ffn_bytes(run),
                 "parameters": results["parameters"],
                 "training_tokens_per_second": results["tokens_trained"] / results["training_seconds"],
                 **timings[run.recipe],
                 **{k: getattr(config, k) for k in ("objective", "preset", "ffn_options", "learning_rate")},
                 "table_learning_rate_multiplier": config.table_learning_rate_multiplier,
                 "curve": curve(run.folder),
+                **_end_of_training(run),
                 "dtype": results["dtype"],
                 "machine": results["machine"],
+                "machine_timed": machine(),
             }
         )
     return records
+
+
+def _ffn_bytes(run: Run) -> int:
+    with torch.device("meta"):
+        return build_ffn(run.config.model_config()).bytes_read(1)
+
+
+def _end_of_training(run: Run) -> dict:
+    """Training loss over the last twentieth of the run, and the use of cells in its last log, layer by layer."""
+    logs = [line for line in read_metrics(run.folder / "metrics.jsonl") if "loss" in line]
+    last = [line["loss"] for line in logs if line["step"] > 0.95 * run.config.steps]
+    return {"train_loss": statistics.mean(last) if last else None, "cells": logs[-1]["cells"] if logs else []}
 
 
 def _load(run: Run) -> LookupRobertaForMaskedLM:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 OBJECTIVES = ("masked", "causal")
+TABLE_SCHEDULES = ("linear", "constant")
 
 
 class InputError(ValueError):
@@ -45,6 +46,7 @@ class PretrainConfig:
     accumulation: int = _setting(1, "micro-batches a step")
     learning_rate: float = _setting(1e-3, "peak; after the warm-up linear to 0")
     table_learning_rate_multiplier: float = _setting(3.0, "the tables' learning rate over the others'")
+    table_schedule: str = _setting("linear", "the tables' rate after the warm-up: linear to 0, or constant")
     warmup_steps: int = _setting(100, "steps of linear warm-up")
     weight_decay: float = _setting(0.01, "of matrices; norms, biases and tables have none")
     adam_beta1: float = _setting(0.9, "AdamW's decay of the mean")
@@ -62,8 +64,9 @@ class PretrainConfig:
 
     def __post_init__(self):
         _check_types(self)
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
+        for name, known in (("objective", OBJECTIVES), ("table_schedule", TABLE_SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         for name in ("sequence_length", "steps", "batch_size", "accumulation", "evaluate_every", "log_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -79,6 +82,20 @@ class PretrainConfig:
         for name in ("evaluate_every", "save_every"):
             if getattr(self, name) % self.log_every:  # or a resumed run would log other means than an unbroken one
                 raise InputError(f"{name} {getattr(self, name)} must be a multiple of log_every {self.log_every}")
+
+    def changes(self, written: dict) -> list[str]:
+        """How these settings differ from those that a run has written, in words; the folder does not count.
+
+        A setting that is newer than the run had its default then.
+        """
+        defaults = {f.name: {} if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
+        asked = dataclasses.asdict(self)
+        del asked["output_dir"]
+        return [
+            f"{name}: {written.get(name, defaults[name])!r} there, {value!r} asked"
+            for name, value in asked.items()
+            if written.get(name, defaults[name]) != value
+        ]
 
     def model_config(self, tokenizer=None):
         """The ``LookupRobertaConfig``, with the vocabulary of ``tokenizer`` once there is one.

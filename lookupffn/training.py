@@ -42,12 +42,13 @@ def parameter_groups(model: nn.Module, config: PretrainConfig | FinetuneConfig) 
         group = lookups if id(parameter) in tables else matrices if parameter.dim() >= 2 else vectors
         group.append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr": config.learning_rate},
-        {"params": vectors, "weight_decay": 0.0, "lr": config.learning_rate},
+        {"params": matrices, "weight_decay": config.weight_decay, "lr": config.learning_rate, "tables": False},
+        {"params": vectors, "weight_decay": 0.0, "lr": config.learning_rate, "tables": False},
         {
             "params": lookups,
             "weight_decay": 0.0,
             "lr": config.learning_rate * config.table_learning_rate_multiplier,
+            "tables": True,
         },
     ]
     return [group for group in groups if group["params"]]
@@ -132,6 +133,23 @@ class GroupedTrainer(Trainer):
 
 
 class _PretrainingTrainer(GroupedTrainer):
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Linear warm-up for all; then linear to 0, but for tables where ``table_schedule`` is constant."""
+        optimizer = self.optimizer if optimizer is None else optimizer
+        warmup = self.config.warmup_steps
+
+        def linear(step: int) -> float:
+            left = (num_training_steps - step) / max(1, num_training_steps - warmup)
+            return step / warmup if step < warmup else max(0.0, left)
+
+        def constant(step: int) -> float:
+            return min(1.0, step / max(1, warmup))
+
+        tables = constant if self.config.table_schedule == "constant" else linear
+        schedules = [tables if group["tables"] else linear for group in optimizer.param_groups]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
+        return self.lr_scheduler
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self.accelerator.autocast():
             sums = evaluate(
@@ -317,8 +335,6 @@ def _training_arguments(config: PretrainConfig, ranks: int) -> TrainingArguments
         gradient_accumulation_steps=config.accumulation,
         train_sampling_strategy="sequential",  # MaskedBlocks shuffles
         learning_rate=config.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=config.warmup_steps,
         max_grad_norm=config.max_grad_norm,
         eval_strategy="steps",
         eval_steps=config.evaluate_every,
@@ -343,10 +359,12 @@ def _claim(output_dir: Path, config: PretrainConfig, data: PretrainingData) -> N
     output_dir.mkdir(parents=True, exist_ok=True)
     path, fields = output_dir / "config.json", dataclasses.asdict(config)
     fields.pop("output_dir")
-    fields["tokens"] = data.summary["tokens"]  # other data under the same name is other data
+    fields["tokens"] = tokens = data.summary["tokens"]  # other data under the same name is other data
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{k}: {old.get(k)!r} there, {v!r} asked" for k, v in fields.items() if old.get(k) != v]
+        written = json.loads(path.read_text(encoding="utf-8"))
+        changed = config.changes(written)
+        if written.get("tokens") != tokens:
+            changed.append(f"tokens: {written.get('tokens')!r} there, {tokens!r} asked")
         if changed:
             raise InputError(
                 f"{output_dir} holds a run with other settings ({'; '.join(changed)}): choose another folder"

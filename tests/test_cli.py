@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -51,6 +52,17 @@ def test_flops_of_other_sizes():
         (["pretrain", "--steps=0"], "steps must be at least 1, not 0"),
         (["pretrain", "--config=nothing.yaml"], "neither a file nor one of the shipped ones (small-512)"),
         (["pretrain", "--model=num_tables"], "--model takes NAME=VALUE, not 'num_tables'"),
+        (["pretrain", "--ffn-options=reads"], "--ffn-options takes NAME=VALUE, not 'reads'"),
+        (["pretrain", "--table-schedule=cosine"], "table_schedule must be one of linear, constant, not 'cosine'"),
+        (["pretrain", "--objective=next"], "objective must be one of masked, causal, not 'next'"),
+        (["finetune", "--epochs=0"], "epochs must be at least 1, not 0"),
+        (["finetune", "--model=nowhere"], "tokenizer 'nowhere' cannot be loaded"),
+        (
+            ["compare", "--ffn=dense,sparse"],
+            "ffn 'sparse' is neither a recipe nor a feed-forward layer; there are dense",
+        ),
+        (["compare", "--ffn=dense", "--steps=0"], "steps must be at least 1, not 0"),
+        (["compare", "--ffn=dense", "--jobs=0"], "jobs and seconds must be positive, not 0"),
         (["demo", "--minutes=-1"], "minutes and steps must be positive, not -1.0"),
     ],
 )
@@ -88,6 +100,31 @@ def test_a_bad_config_file_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         _read_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 3", "unknown entry steps; known are common and recipes"),
+        ("recipes: {a: 3}", "a must hold settings as 'name: value', not 3"),
+        ("common: {stpes: 3}", "recipe 'dense': "),
+    ],
+)
+def test_a_bad_file_of_recipes_is_named(tmp_path, run, text, message):
+    path = tmp_path / "recipes.yaml"
+    path.write_text(text)
+    status, error = run("compare", "--ffn=dense", f"--config={path}")
+    assert status == 2
+    assert message in error
+
+
+def test_the_recipes_of_the_experiments_can_be_planned():
+    from lookupffn.compare import plan
+
+    for name in ("quality", "levers"):
+        file = _read_config(str(Path(__file__).parents[1] / "experiments" / f"{name}.yaml"))
+        runs = plan(file["recipes"], file["common"], list(file["recipes"]), [0], [file["common"]["steps"]], "out")
+        assert len(runs) == len(file["recipes"])
 
 
 def test_an_unknown_setting_is_named(tmp_path, run):

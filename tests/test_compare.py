@@ -81,6 +81,9 @@ def test_runs_are_trained_measured_and_not_trained_again(corpus, tmp_path, capsy
     if native.available():
         assert six["log_perplexity_int8"] == pytest.approx(six["log_perplexity"], abs=0.05)
     assert odd["ffn_engine"] == "PyTorch eager"
+    assert 0 < dense["train_loss"] < 7
+    assert dense["cells"] == []
+    assert six["cells"][0]["bits"] == 24
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     table = (tmp_path / "compare.md").read_text().splitlines()
     assert len(table) == 5

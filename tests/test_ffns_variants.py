@@ -118,10 +118,13 @@ def test_narrow_rows_and_a_dense_part(x):
 
 
 def test_tables_start_with_the_given_spread_and_the_rest_at_its_law():
-    layer = LookupVariantFFN(
-        32, 1, num_tables=64, block_size=4, table_std=0.3, temperature=True, scale=True, offset=True, centred=True
-    )
+    own = {"temperature": True, "scale": True, "offset": True, "centred": True}
+    layer = LookupVariantFFN(32, 1, num_tables=64, block_size=4, table_std=0.3, z_std=3.0, **own)
     assert layer.tables.std().item() == pytest.approx(0.3, rel=0.01)
+    assert layer.projection.weight[:, :-1].std().item() == pytest.approx(0.5, rel=0.05)
+    assert layer.projection.weight[:, -1].std().item() == pytest.approx(1.5, rel=0.05)
+    dense = LookupVariantFFN(32, 1, num_tables=64, projection="dense", z_std=3.0)
+    assert dense.projection.weight.std().item() == pytest.approx(3 * 32**-0.5, rel=0.05)
     for values, start in ((layer.log_temperature, 0), (layer.scale, 1), (layer.offset, 0), (layer.mean, 0)):
         assert values.eq(start).all()
 
@@ -148,6 +151,7 @@ def test_what_folds_away_leaves_a_plain_layer_and_what_does_not_is_named(x):
     ("options", "message"),
     [
         ({"stages": 0}, "stages must be at least 1, not 0"),
+        ({"z_std": 0.0}, "z_std must be more than 0, not 0.0"),
         ({"table_std": 0.0}, "table_std must be more than 0"),
         ({"table_dropout": 1.0}, "table_dropout must be at least 0 and less than 1, not 1.0"),
         ({"smoothness": -1.0}, "smoothness must be at least 0"),

@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import get_linear_schedule_with_warmup
 
 from lookupffn import LookupFFN
 from lookupffn.masking import MaskedBlocks
 from lookupffn.models import LookupRobertaForMaskedLM
 from lookupffn.recipe import InputError, PretrainConfig
 from lookupffn.training import (
+    _PretrainingTrainer,
     build_model,
     evaluate,
     log_perplexity,
@@ -291,6 +294,34 @@ def test_parameter_groups():
     assert all(p.dim() == 1 for p in vectors["params"])
     grouped = [p for g in (matrices, vectors, tables) for p in g["params"]]
     assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("table_schedule", ["linear", "constant"])
+def test_schedules(table_schedule):
+    config = PretrainConfig(warmup_steps=3, table_schedule=table_schedule)
+    model = LookupRobertaForMaskedLM(config_for("stdlib", "x").model_config(_Tokenizer()))
+    optimizer = torch.optim.SGD(parameter_groups(model, config))
+    scheduler = _PretrainingTrainer.create_scheduler(SimpleNamespace(config=config, optimizer=None), 10, optimizer)
+    standard = get_linear_schedule_with_warmup(torch.optim.SGD([torch.zeros(1)], lr=1e-3), 3, 10)
+    for step in range(11):
+        matrices, vectors, tables = scheduler.get_last_lr()
+        assert matrices == vectors == pytest.approx(standard.get_last_lr()[0], rel=1e-12)
+        expected = 3e-3 * min(1, step / 3) if table_schedule == "constant" else 3 * matrices
+        assert tables == pytest.approx(expected, rel=1e-12)
+        for part in (optimizer, scheduler, standard.optimizer, standard):
+            part.step()
+
+
+def test_a_setting_that_is_newer_than_a_run_had_its_default_then():
+    config = PretrainConfig(learning_rate=2e-3, output_dir="there")
+    written = dataclasses.asdict(config) | {"output_dir": "here"}
+    del written["table_schedule"], written["ffn_options"]
+    assert config.changes(written) == []
+    changed = dataclasses.replace(config, table_schedule="constant", steps=7)
+    assert changed.changes(written) == [
+        "steps: 1000 there, 7 asked",
+        "table_schedule: 'linear' there, 'constant' asked",
+    ]
 
 
 class _Tokenizer:

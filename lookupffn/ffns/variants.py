@@ -21,6 +21,8 @@ class LookupVariantFFN(LookupFFN):
 
     Args:
         stages: block-diagonal factors of BH4, at least 1; the paper has 4.
+        z_std: standard deviation of the projection's last factor over the law's: ``z`` starts about that many times
+            larger, its bits as many times surer.
         table_std: tables start as N(0, table_std^2); the authors have 0.02.
         temperature: codes and scores are those of ``exp(theta_t) z_t``, ``theta (T)`` learned from 0.
         scale: ``s = a_t score``, ``a (T)`` learned from 1.
@@ -41,6 +43,7 @@ class LookupVariantFFN(LookupFFN):
         intermediate_size: int,
         *,
         stages: int = STAGES,
+        z_std: float = 1.0,
         table_std: float = 0.02,
         temperature: bool = False,
         scale: bool = False,
@@ -56,6 +59,7 @@ class LookupVariantFFN(LookupFFN):
     ):
         for name, value, fits, expected in (
             ("stages", stages, stages >= 1, "at least 1"),
+            ("z_std", z_std, z_std > 0, "more than 0"),
             ("table_std", table_std, table_std > 0, "more than 0"),
             ("table_dropout", table_dropout, 0 <= table_dropout < 1, "at least 0 and less than 1"),
             ("smoothness", smoothness, smoothness >= 0, "at least 0"),
@@ -66,7 +70,7 @@ class LookupVariantFFN(LookupFFN):
                 raise ValueError(f"{name} must be {expected}, not {value!r}")
         lookup, where = LookupConfig(hidden_size, row_size or hidden_size, **config), {"device": device, "dtype": dtype}
         super().__init__(lookup, **where)
-        self.table_std, self.table_dropout, self.smoothness = table_std, table_dropout, smoothness
+        self.z_std, self.table_std, self.table_dropout, self.smoothness = z_std, table_std, table_dropout, smoothness
         if lookup.projection == "bh4" and stages != STAGES:
             self.projection = BH4(hidden_size, lookup.code_features, lookup.block_size, lookup.decay, stages, **where)
 
@@ -142,10 +146,14 @@ class LookupVariantFFN(LookupFFN):
 
     @torch.no_grad()
     def init_parameters(self, std: float | None = None) -> None:
-        """As :meth:`LookupFFN.init_parameters`, tables N(0, table_std^2); temperature and offset 0, scale 1, mean 0."""
+        """As :meth:`LookupFFN.init_parameters`, but for ``z_std`` and ``table_std``; scale 1, all else 0."""
         super().init_parameters(std)
         if not hasattr(self, "table_std"):  # the parent's constructor, before anything of this class is there
             return
+        if self.config.projection == "bh4":
+            nn.init.normal_(self.projection.weight[:, -1], 0.0, self.z_std * self.config.block_size**-0.5)
+        elif self.config.projection == "dense":
+            nn.init.normal_(self.projection.weight, 0.0, self.z_std * self.config.in_features**-0.5)
         nn.init.normal_(self.tables, 0.0, self.table_std)
         for values, start in ((self.log_temperature, 0.0), (self.scale, 1.0), (self.offset, 0.0), (self.mean, 0.0)):
             if values is not None:
