@@ -30,14 +30,15 @@ def bh4_case(width, out, block, tokens, dtype=F64, device="cpu"):
     return torch.randn(tokens, width, dtype=F64, device=device).to(dtype), weight.to(dtype)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 15, 17, 33, 64, 65, 97])  # folded above the block size, unfolded below
+# Folded above the block size, unfolded below; as one matrix from four times the width, up to a width of 256.
+@pytest.mark.parametrize("tokens", [0, 1, 2, 15, 17, 33, 64, 65, 97, 1030])
 @pytest.mark.parametrize(("width", "out", "block"), BH4_SHAPES)
 def test_bh4_equals_reference_in_float64(width, out, block, tokens, device):
     x, weight = bh4_case(width, out, block, tokens, device=device)
     torch.testing.assert_close(ops.bh4(x, weight, 0.7, out), reference.bh4(x, weight, 0.7, out), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize("tokens", [3, 200, 1030])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "out", "block"), BH4_SHAPES)
 def test_bh4_error_is_at_most_twice_plain_torch(width, out, block, tokens, dtype, device):
@@ -49,7 +50,7 @@ def test_bh4_error_is_at_most_twice_plain_torch(width, out, block, tokens, dtype
     assert (ours.double() - exact).norm() <= 2 * plain + 1e-6 * exact.norm()
 
 
-@pytest.mark.parametrize("tokens", [3, 21])
+@pytest.mark.parametrize("tokens", [3, 21, 70])
 @pytest.mark.parametrize(("width", "out", "block"), [(1, 1, 1), (6, 19, 4), (16, 40, 8)])
 def test_bh4_gradients(width, out, block, tokens, device):
     x, weight = bh4_case(width, out, block, tokens, device=device)
