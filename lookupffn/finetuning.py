@@ -62,7 +62,7 @@ def finetune(config: FinetuneConfig) -> dict:
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows it
-    trainer.add_callback(Progress(f"{model.config.ffn} classifier", accuracy="eval_accuracy"))
+    trainer.add_callback(Progress(f"{model.config.ffn} classifier"))
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -134,7 +134,6 @@ def _arguments(config: FinetuneConfig) -> TrainingArguments:
         lr_scheduler_type="linear",
         warmup_steps=config.warmup_fraction,  # less than 1: a share
         max_grad_norm=config.max_grad_norm,
-        eval_strategy="epoch",
         logging_steps=50,
         save_strategy="no",
         seed=config.seed,

@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 
 from lookupffn import checkpoint
@@ -289,6 +296,7 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         train_dataset=train,
         eval_dataset=validation,
         processing_class=data.tokenizer,
+        data_collator=default_data_collator,  # blocks are of one length: nothing to pad
     )
     with HashMonitor(model) as monitor:
         trainer.remove_callback(PrinterCallback)  # the progress bar shows it, metrics.jsonl keeps it

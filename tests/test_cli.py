@@ -121,7 +121,7 @@ def test_a_bad_file_of_recipes_is_named(tmp_path, run, text, message):
 def test_the_recipes_of_the_experiments_can_be_planned():
     from lookupffn.compare import plan
 
-    for name in ("quality", "levers"):
+    for name in ("quality", "levers", "imdb-small"):
         file = _read_config(str(Path(__file__).parents[1] / "experiments" / f"{name}.yaml"))
         runs = plan(file["recipes"], file["common"], list(file["recipes"]), [0], [file["common"]["steps"]], "out")
         assert len(runs) == len(file["recipes"])
