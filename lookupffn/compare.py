@@ -7,6 +7,7 @@ goes on where it stopped, run by run and inside a run, and several runs share th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -24,6 +25,7 @@ from torch import nn
 
 from lookupffn import native
 from lookupffn.checkpoint import atomic_write
+from lookupffn.data import PretrainingData
 from lookupffn.engine import prepare
 from lookupffn.ffns import FFNS, build_ffn
 from lookupffn.ffns.dense import DenseFFN
@@ -52,13 +54,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether results lie there that these settings gave."""
+        """Whether results lie there that these settings and this data gave."""
         try:
             written = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return not self.config.changes(written)
+        return not self.config.changes(written) and written.get("tokens") == _data(self.config).summary["tokens"]
 
     def steps_done(self) -> int:
         lines = read_metrics(self.folder / "metrics.jsonl")
@@ -128,6 +130,17 @@ def compare(runs: Sequence[Run], output_dir: str | Path, *, jobs: int, seconds: 
     return records
 
 
+def _data(config: PretrainConfig) -> PretrainingData:
+    """The blocks that ``config`` trains on, prepared or mapped once for all runs that share them."""
+    names = ("preset", "ffn", "ffn_options", "model", "data", "text_column", "tokenizer", "sequence_length")
+    return _prepare(json.dumps({name: getattr(config, name) for name in (*names, "validation_fraction")}))
+
+
+@functools.lru_cache
+def _prepare(settings: str) -> PretrainingData:
+    return PretrainConfig(**json.loads(settings)).prepare_data()
+
+
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -135,9 +148,8 @@ def _train(runs: Sequence[Run], jobs: int, console: Console) -> list[Run]:
     """Runs what is not finished, ``jobs`` at a time; returns those that failed."""
     waiting = [run for run in runs if not run.finished]
     console.print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before")
-    sources = {(r.config.data, r.config.tokenizer, r.config.sequence_length, str(r.config.model)): r for r in waiting}
-    for run in sources.values():
-        run.config.prepare_data()  # here, with its progress shown, and not in every run at the same time
+    for run in waiting:
+        _data(run.config)  # prepared here, with its progress shown, and not in every run at the same time
     threads = max(1, torch.get_num_threads() // jobs)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     running: dict[int, tuple[Run, subprocess.Popen]] = {}
@@ -250,8 +262,8 @@ def _prepared_quality(run: Run) -> float | None:
         prepared = prepare(model, tune=False)
     except ValueError:  # a variant that the engine does not have
         return None
-    data = run.config.prepare_data()
-    result = log_perplexity(evaluate(prepared, datasets(run.config, data)[1], run.config.batch_size))
+    validation = datasets(run.config, _data(run.config))[1]
+    result = log_perplexity(evaluate(prepared, validation, run.config.batch_size))
     atomic_write(kept, json.dumps(result) + "\n")
     return result["log_perplexity"]
 

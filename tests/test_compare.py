@@ -107,17 +107,18 @@ def test_a_run_that_fails_is_named_and_stops_no_other(corpus, tmp_path, one_thre
     assert len((tmp_path / "compare.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_run_with_other_settings_does_not_count_as_finished(tmp_path):
-    run = lab.plan({}, COMMON, ["dense"], [0], [4], tmp_path)[0]
+def test_a_run_with_other_settings_or_data_does_not_count_as_finished(corpus, tmp_path):
+    run = lab.plan({}, COMMON | {"data": corpus}, ["dense"], [0], [4], tmp_path)[0]
     assert not run.finished
     run.folder.mkdir()
-    settings = dataclasses.asdict(run.config)
+    settings = dataclasses.asdict(run.config) | {"tokens": run.config.prepare_data().summary["tokens"]}
     (run.folder / "config.json").write_text(json.dumps(settings))
     assert not run.finished
     (run.folder / "results.json").write_text("{}")
     assert run.finished
-    (run.folder / "config.json").write_text(json.dumps(settings | {"learning_rate": 1.0}))
-    assert not run.finished
+    for change in ({"learning_rate": 1.0}, {"tokens": {"train": 5}}):
+        (run.folder / "config.json").write_text(json.dumps(settings | change))
+        assert not run.finished
 
 
 def record(recipe, seed, log_perplexity, tokens=100, **changes):
