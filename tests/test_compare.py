@@ -87,7 +87,7 @@ def test_runs_are_trained_measured_and_not_trained_again(corpus, tmp_path, capsy
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     table = (tmp_path / "compare.md").read_text().splitlines()
     assert len(table) == 5
-    assert table[3].startswith("| six | 256 | 1 | ")
+    assert table[3].startswith("| six | 0.000256 | 1 | ")
 
     before = {run.folder: (run.folder / "results.json").stat().st_mtime_ns for run in runs}
     assert [r["log_perplexity"] for r in lab.compare(runs, tmp_path, jobs=1, seconds=0.02)] == [
@@ -155,7 +155,7 @@ def test_the_summary_pairs_seeds_and_keeps_horizons_apart():
     assert six["int8_difference"] == pytest.approx(0.01)
     assert six["macs_ratio"] == 6
     assert longer["spread"] is longer["difference"] is longer["macs_ratio"] is None
-    assert "| six | 300 | 1 | 9.0000 | - | - | - | 100 | - |" in markdown(records)
+    assert "| six | 0.0003 | 1 | 9.0000 | - | - | - | 100 | - |" in markdown(records)
     console = Console(width=80, record=True, file=io.StringIO())
     show(records, console)
     shown = console.export_text()

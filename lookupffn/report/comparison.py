@@ -39,6 +39,7 @@ def summarise(records: Sequence[dict]) -> list[dict]:
             {
                 "recipe": recipe,
                 "tokens": tokens,
+                "million_tokens": tokens / 1e6,
                 "seeds": len(group),
                 "log_perplexity": statistics.mean(values),
                 "spread": statistics.stdev(values) if len(values) > 1 else None,
@@ -55,7 +56,7 @@ def summarise(records: Sequence[dict]) -> list[dict]:
 # Heading, form, and whether the terminal has room for it; the Markdown table has all.
 _COLUMNS = (
     ("recipe", "{recipe}", True),
-    ("tokens", "{tokens:,}", True),
+    ("M tokens", "{million_tokens:,.4g}", True),
     ("seeds", "{seeds}", True),
     ("log perplexity", "{log_perplexity:.4f}", True),
     ("spread", "{spread:.4f}", True),
@@ -66,7 +67,7 @@ _COLUMNS = (
     ("FFN bytes a token", "{ffn_bytes_per_token:,}", False),
     ("parameters", "{parameters:,}", False),
     ("trained tokens/s", "{training_tokens_per_second:,.0f}", False),
-    ("FFN µs a token", "{ffn_us_per_token:.3f}", True),
+    ("FFN µs", "{ffn_us_per_token:.3f}", True),
     ("engine", "{ffn_engine} {ffn_dtype}", False),
 )
 
@@ -85,9 +86,9 @@ def markdown(records: Sequence[dict]) -> str:
 def show(records: Sequence[dict], console: Console) -> None:
     """Prints what matters most of the table of :func:`summarise`."""
     columns = [(heading, form) for heading, form, has_room in _COLUMNS if has_room]
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption="log perplexity in nats, spread over seeds")
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption="log perplexity in nats, spread over seeds; µs a token")
     for heading, _ in columns:
-        table.add_column(heading, justify="left" if heading == "recipe" else "right", overflow="fold")
+        table.add_column(heading, justify="left" if heading == "recipe" else "right", no_wrap=heading == "recipe")
     for row in summarise(records):
         table.add_row(*(_cell(row, form) for _, form in columns))
     console.print(table)
@@ -124,5 +125,6 @@ def plot(records: Sequence[dict], path: Path) -> None:
             ax.step(*zip(*front, strict=True), where="post", color="0.7", zorder=0, linewidth=1)
             ax.set(xscale="log", xlabel=label, ylabel="log perplexity, nats", title=f"{tokens:,} tokens")
             ax.grid(color="0.92")
+            ax.margins(0.15)  # room for the names
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
