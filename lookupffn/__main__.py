@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lookupffn import __version__, hardware, native
-from lookupffn.recipe import FinetuneConfig, InputError, PretrainConfig
+from lookupffn.recipe import FinetuneConfig, InputError, Optimisation, PretrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -217,7 +217,8 @@ def _flags(record: type) -> inspect.Signature:
     for field in dataclasses.fields(record):
         kind = list[str] if hints[field.name] is dict else hints[field.name]
         default = "" if field.default in (dataclasses.MISSING, None) else f" [{field.default}]"
-        option = typer.Option(help=field.metadata["help"] + default, show_default=False)
+        panel = "AdamW" if field in dataclasses.fields(Optimisation) else None
+        option = typer.Option(help=field.metadata["help"] + default, show_default=False, rich_help_panel=panel)
         flags[field.name] = Annotated[kind | None, option]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature([inspect.Parameter(n, keyword, default=None, annotation=a) for n, a in flags.items()])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lookupffn import ops
+from lookupffn.checks import check
 from lookupffn.reference import STAGES, next_power_of_two
 
 PROJECTIONS = ("bh4", "dense", "none")
@@ -62,30 +63,24 @@ class LookupConfig:
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}")
         for name in ("in_features", "out_features", "num_tables"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("version", self.version == 1, "1, the only version that this lookupffn reads")
-        self._check("code_bits", 1 <= self.code_bits <= 16, "1 to 16")
-        self._check("projection", self.projection in PROJECTIONS, f"one of {', '.join(PROJECTIONS)}")
+            check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check(self.version == 1, "version", self.version, "1, the only version that this lookupffn reads")
+        check(1 <= self.code_bits <= 16, "code_bits", self.code_bits, "1 to 16")
+        check(self.projection in PROJECTIONS, "projection", self.projection, f"one of {', '.join(PROJECTIONS)}")
         most = min(ops.MAX_READS, 2**self.code_bits)
-        self._check("reads", 1 <= self.reads <= most, f"1 to {most} with code_bits {self.code_bits}")
+        check(1 <= self.reads <= most, "reads", self.reads, f"1 to {most} with code_bits {self.code_bits}")
         if not isinstance(self.decay, (int, float)) or isinstance(self.decay, bool):
             raise TypeError(f"decay must be a number, not {self.decay!r}")
-        self._check("decay", 0 <= self.decay <= 1, "0 to 1")
+        check(0 <= self.decay <= 1, "decay", self.decay, "0 to 1")
         if self.projection == "bh4":
             fits = self.block_size >= 1 and next_power_of_two(self.block_size) == self.block_size
             fits = fits and self.block_size <= self.padded_features
-            self._check("block_size", fits, f"a power of two, 1 to {self.padded_features} (in_features, padded)")
+            most = f"{self.padded_features} (in_features, padded)"
+            check(fits, "block_size", self.block_size, f"a power of two, 1 to {most}")
         if self.projection == "none":
             needed = self.code_features
-            self._check(
-                "in_features",
-                self.in_features == needed,
-                f"num_tables * code_bits = {needed} without projection",
-            )
-
-    def _check(self, name: str, ok: bool, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+            fits = self.in_features == needed
+            check(fits, "in_features", self.in_features, f"num_tables * code_bits = {needed} without projection")
 
     @property
     def num_rows(self) -> int:
@@ -256,7 +251,7 @@ class LookupFFN(nn.Module):
         score are left out, as in the paper. PyTorch's ``FlopCounterMode`` gives the same number.
         """
         c = self.config
-        gather = ops.gather_flops(tokens, self.tables.shape, c.reads)
+        gather = ops.gather_flops(tokens, (c.num_tables, c.num_rows, c.out_features), c.reads)
         if c.projection == "bh4":
             return ops.bh4_flops(tokens, self.projection.weight.shape) + gather
         return gather + (2 * tokens * c.in_features * c.code_features if c.projection == "dense" else 0)

@@ -7,24 +7,62 @@ The command line makes its flags from these records, a YAML file uses the same n
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
-OBJECTIVES = ("masked", "causal")
-TABLE_SCHEDULES = ("linear", "constant")
+from lookupffn.checks import check
 
 
 class InputError(ValueError):
     """Input of the user's that is refused; the message names it, its value and what to do."""
 
 
-def _setting(default, help: str):
-    """A field of PretrainConfig with the text that the command line shows for it."""
+class Limit(NamedTuple):
+    """What a setting may be: a test of its value, and the words for it."""
+
+    fits: Callable[[object], bool]
+    expected: str
+
+
+AT_LEAST_0 = Limit(lambda value: value >= 0, "at least 0")
+AT_LEAST_1 = Limit(lambda value: value >= 1, "at least 1")
+POSITIVE = Limit(lambda value: value > 0, "more than 0")
+SHARE = Limit(lambda value: 0 < value < 1, "between 0 and 1")
+SHARE_OR_0 = Limit(lambda value: 0 <= value < 1, "at least 0 and less than 1")
+OBJECTIVES = Limit(lambda value: value in ("masked", "causal"), "one of masked, causal")
+SCHEDULES = Limit(lambda value: value in ("linear", "constant"), "one of linear, constant")
+
+
+def _setting(default, help: str, limit: Limit | None = None):
+    """A field of a record of settings with the text that the command line shows for it, and its limit."""
+    metadata = {"help": help, "limit": limit}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
+class Optimisation:
+    """What pretraining and fine-tuning share: AdamW with a rate of their own for the tables."""
+
+    table_learning_rate_multiplier: float = _setting(3.0, "the tables' learning rate over the others'", POSITIVE)
+    weight_decay: float = _setting(0.01, "of matrices; norms, biases and tables have none", AT_LEAST_0)
+    adam_beta1: float = _setting(0.9, "AdamW's decay of the mean", SHARE_OR_0)
+    adam_beta2: float = _setting(0.98, "AdamW's decay of the variance", SHARE_OR_0)
+    adam_epsilon: float = _setting(1e-6, "AdamW's epsilon", POSITIVE)
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm", POSITIVE)
+    bf16: bool = _setting(False, "autocast to bfloat16")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = _typed(field.name, field.type, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            if limit := field.metadata["limit"]:
+                check(limit.fits(value), field.name, value, limit.expected, InputError)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(Optimisation):
     """Everything that decides a pretraining run; `lookupffn pretrain` has a flag for each, a YAML file the same names.
 
     Raises:
@@ -39,46 +77,24 @@ class PretrainConfig:
     data: str = _setting("stdlib", "stdlib, a file or folder of .txt .jsonl .parquet, or a Hugging Face dataset")
     text_column: str = _setting("text", "column of text in .jsonl and .parquet")
     tokenizer: str | None = _setting(None, "pretrained tokenizer instead of one trained on the data")
-    sequence_length: int = _setting(128, "tokens in a block")
-    validation_fraction: float = _setting(0.02, "share of documents held out, chosen by their hash")
-    steps: int = _setting(1000, "optimizer steps")
-    batch_size: int = _setting(32, "sequences a step, over all processes and micro-batches")
-    accumulation: int = _setting(1, "micro-batches a step")
-    learning_rate: float = _setting(1e-3, "peak; after the warm-up linear to 0")
-    table_learning_rate_multiplier: float = _setting(3.0, "the tables' learning rate over the others'")
-    table_schedule: str = _setting("linear", "the tables' rate after the warm-up: linear to 0, or constant")
-    warmup_steps: int = _setting(100, "steps of linear warm-up")
-    weight_decay: float = _setting(0.01, "of matrices; norms, biases and tables have none")
-    adam_beta1: float = _setting(0.9, "AdamW's decay of the mean")
-    adam_beta2: float = _setting(0.98, "AdamW's decay of the variance")
-    adam_epsilon: float = _setting(1e-6, "AdamW's epsilon")
-    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
-    objective: str = _setting("masked", "masked, or causal: predict each next token with a decoder")
-    mask_probability: float = _setting(0.15, "share of tokens to predict: 80 % masked, 10 % random, 10 % kept")
-    evaluation_sequences: int = _setting(512, "validation blocks evaluated, evenly spaced; 0: all")
-    evaluate_every: int = _setting(250, "steps between evaluations")
-    log_every: int = _setting(50, "steps between lines in metrics.jsonl")
-    save_every: int = _setting(500, "steps between checkpoints; 0: none")
-    seed: int = _setting(0, "of initialisation, data order, masks and dropout")
-    bf16: bool = _setting(False, "autocast to bfloat16")
+    sequence_length: int = _setting(128, "tokens in a block", AT_LEAST_1)
+    validation_fraction: float = _setting(0.02, "share of documents held out, chosen by their hash", SHARE)
+    steps: int = _setting(1000, "optimizer steps", AT_LEAST_1)
+    batch_size: int = _setting(32, "sequences a step, over all processes and micro-batches", AT_LEAST_1)
+    accumulation: int = _setting(1, "micro-batches a step", AT_LEAST_1)
+    learning_rate: float = _setting(1e-3, "peak; after the warm-up linear to 0", POSITIVE)
+    table_schedule: str = _setting("linear", "the tables' rate after the warm-up: linear to 0, or constant", SCHEDULES)
+    warmup_steps: int = _setting(100, "steps of linear warm-up", AT_LEAST_0)
+    objective: str = _setting("masked", "masked, or causal: predict each next token with a decoder", OBJECTIVES)
+    mask_probability: float = _setting(0.15, "share of tokens to predict: 80 % masked, 10 % random, 10 % kept", SHARE)
+    evaluation_sequences: int = _setting(512, "validation blocks evaluated, evenly spaced; 0: all", AT_LEAST_0)
+    evaluate_every: int = _setting(250, "steps between evaluations", AT_LEAST_1)
+    log_every: int = _setting(50, "steps between lines in metrics.jsonl", AT_LEAST_1)
+    save_every: int = _setting(500, "steps between checkpoints; 0: none", AT_LEAST_0)
+    seed: int = _setting(0, "of initialisation, data order, masks and dropout", AT_LEAST_0)
 
     def __post_init__(self):
-        _check_types(self)
-        for name, known in (("objective", OBJECTIVES), ("table_schedule", TABLE_SCHEDULES)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
-        for name in ("sequence_length", "steps", "batch_size", "accumulation", "evaluate_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup_steps", "evaluation_sequences", "save_every", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("learning_rate", "table_learning_rate_multiplier", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("mask_probability", "validation_fraction", "adam_beta1", "adam_beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        super().__post_init__()
         for name in ("evaluate_every", "save_every"):
             if getattr(self, name) % self.log_every:  # or a resumed run would log other means than an unbroken one
                 raise InputError(f"{name} {getattr(self, name)} must be a multiple of log_every {self.log_every}")
@@ -144,7 +160,7 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(Optimisation):
     """Everything that decides a fine-tuning run; `lookupffn finetune` has a flag for each, a YAML file the same names.
 
     Raises:
@@ -157,42 +173,15 @@ class FinetuneConfig:
     output_dir: str = _setting("runs/finetune", "folder of metrics and the final model")
     text_column: str = _setting("text", "column of text; two with a comma for pairs of sentences")
     label_column: str = _setting("label", "column of the class, a whole number or a word")
-    max_length: int = _setting(256, "longer texts are cut to this many tokens")
-    epochs: int = _setting(3, "passes over the training texts")
-    batch_size: int = _setting(32, "texts a step")
-    learning_rate: float = _setting(3e-4, "peak; after the warm-up linear to 0")
-    table_learning_rate_multiplier: float = _setting(3.0, "the tables' learning rate over the others'")
-    warmup_fraction: float = _setting(0.06, "share of the steps in which the learning rate rises")
-    weight_decay: float = _setting(0.01, "of matrices; norms, biases and tables have none")
-    adam_beta1: float = _setting(0.9, "AdamW's decay of the mean")
-    adam_beta2: float = _setting(0.98, "AdamW's decay of the variance")
-    adam_epsilon: float = _setting(1e-6, "AdamW's epsilon")
-    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
-    seed: int = _setting(0, "of the head, the order of texts and dropout")
-    bf16: bool = _setting(False, "autocast to bfloat16")
-
-    def __post_init__(self):
-        _check_types(self)
-        for name in ("max_length", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("learning_rate", "table_learning_rate_multiplier", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("warmup_fraction", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 0 and less than 1, not {getattr(self, name)}")
-        for name in ("seed", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
+    max_length: int = _setting(256, "longer texts are cut to this many tokens", AT_LEAST_1)
+    epochs: int = _setting(3, "passes over the training texts", AT_LEAST_1)
+    batch_size: int = _setting(32, "texts a step", AT_LEAST_1)
+    learning_rate: float = _setting(3e-4, "peak; after the warm-up linear to 0", POSITIVE)
+    warmup_fraction: float = _setting(0.06, "share of the steps in which the learning rate rises", SHARE_OR_0)
+    seed: int = _setting(0, "of the head, the order of texts and dropout", AT_LEAST_0)
 
 
-def _check_types(record) -> None:
-    for field in dataclasses.fields(record):
-        object.__setattr__(record, field.name, _checked(field.name, field.type, getattr(record, field.name)))
-
-
-def _checked(name: str, kind: str, value):
+def _typed(name: str, kind: str, value):
     """``value`` as a field of the annotated type takes it; YAML reads 1e-3 as text, and an empty entry as None."""
     if kind == "dict":
         value = {} if value is None else value

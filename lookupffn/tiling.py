@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lookupffn import hardware, native
 from lookupffn.checkpoint import atomic_write
+from lookupffn.checks import check
 from lookupffn.layer import LookupConfig
 
 TIMED_TOKENS = 256
@@ -37,8 +38,8 @@ class Tiling:
 
     def __post_init__(self):
         for name, least in (("tile_tokens", 1), ("groups_a_pass", 1), ("prefetch_rows", 0), ("serial_tokens", 0)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name} must be an int of at least {least}, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            check(type(value) is int and value >= least, name, value, f"an int of at least {least}")
 
 
 def cache_file() -> Path:

@@ -78,6 +78,27 @@ def test_centring_takes_the_batchs_mean_in_training_and_a_running_one_after(x):
     assert layer.mean.isfinite().all()
 
 
+def test_differences_of_coordinates_replace_them(x):
+    layer = variant(differences=True)
+    z = (reference.bh4(x, layer.projection.weight, 0.7, 15) + layer.projection.bias).view(-1, 5, 3)
+    z = torch.stack([z[..., j] - z[..., (j + 1) % 3] for j in range(3)], -1) / 2**0.5
+    torch.testing.assert_close(layer(x), reference_rows(layer, x, z))
+    with pytest.raises(ValueError, match="one with differences"):
+        layer.for_inference()
+
+
+def test_shared_rows_are_read_by_several_tables_and_learn_from_all(x):
+    layer = variant(num_tables=6, shared=3)
+    assert layer.tables.shape == (2, 8, 12)
+    plain = layer.for_inference()
+    assert torch.equal(plain.tables[4], layer.tables[0])
+    torch.testing.assert_close(layer(x), plain(x))
+    assert (layer.flops(2), layer.bytes_read(2)) == (plain.flops(2), plain.bytes_read(2))
+    layer(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    torch.testing.assert_close(layer.tables.grad, plain.tables.grad.view(3, 2, 8, 12).sum(0))
+
+
 def test_table_dropout_leaves_whole_tables_out_and_keeps_the_mean(x):
     layer = variant(table_dropout=0.4)
     assert torch.equal(layer.eval()(x), variant()(x))
@@ -154,6 +175,7 @@ def test_what_folds_away_leaves_a_plain_layer_and_what_does_not_is_named(x):
         ({"z_std": 0.0}, "z_std must be more than 0, not 0.0"),
         ({"table_std": 0.0}, "table_std must be more than 0"),
         ({"table_dropout": 1.0}, "table_dropout must be at least 0 and less than 1, not 1.0"),
+        ({"shared": 2}, "shared must be a divisor of 5 tables, not 2"),
         ({"smoothness": -1.0}, "smoothness must be at least 0"),
         ({"row_size": 13}, r"row_size must be 0 to 12 \(hidden_size\), not 13"),
         ({"dense_size": -1}, "dense_size must be at least 0"),

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lookupffn.checks import check
+
 
 def block_product(x: Tensor, blocks: Tensor) -> Tensor:
     """Product with a block-diagonal matrix, block by block: ``x (B, n p)`` and ``blocks (n, q, p)`` to ``(n, B, q)``.
@@ -17,6 +19,13 @@ def block_product(x: Tensor, blocks: Tensor) -> Tensor:
     """
     n, _, p = blocks.shape
     return torch.bmm(x.unflatten(-1, (n, p)).transpose(0, 1), blocks.mT)
+
+
+def check_blocks(name: str, blocks: int, hidden_size: int, intermediate_size: int) -> None:
+    """Raises ValueError unless ``blocks`` divides both widths."""
+    fits = blocks >= 1 and hidden_size % blocks == 0 and intermediate_size % blocks == 0
+    widths = f"hidden_size {hidden_size} and intermediate_size {intermediate_size}"
+    check(fits, name, blocks, f"at least 1 and divide {widths}")
 
 
 class BlockDiagonalFFN(nn.Module):
@@ -42,10 +51,8 @@ class BlockDiagonalFFN(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        for name, blocks in (("up_blocks", up_blocks), ("down_blocks", down_blocks)):
-            if blocks < 1 or hidden_size % blocks or intermediate_size % blocks:
-                widths = f"hidden_size {hidden_size} and intermediate_size {intermediate_size}"
-                raise ValueError(f"{name} must be at least 1 and divide {widths}, not {blocks!r}")
+        check_blocks("up_blocks", up_blocks, hidden_size, intermediate_size)
+        check_blocks("down_blocks", down_blocks, hidden_size, intermediate_size)
 
         def parameter(*shape):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lookupffn.checks import check
 from lookupffn.ffns.switch import routed_ffn
 
 
@@ -46,13 +47,9 @@ class FastFeedForward(nn.Module):
     ):
         super().__init__()
         leaf_size = max(1, intermediate_size // 6) if leaf_size is None else leaf_size
-        for name, value, fits, expected in (
-            ("depth", depth, 1 <= depth <= 16, "1 to 16"),
-            ("leaf_size", leaf_size, leaf_size >= 1, "at least 1"),
-            ("hardening", hardening, hardening >= 0, "at least 0"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {expected}, not {value!r}")
+        check(1 <= depth <= 16, "depth", depth, "1 to 16")
+        check(leaf_size >= 1, "leaf_size", leaf_size, "at least 1")
+        check(hardening >= 0, "hardening", hardening, "at least 0")
         self.intermediate_size, self.depth, self.hardening = intermediate_size, depth, hardening
         self.auxiliary_loss: Tensor | None = None
 

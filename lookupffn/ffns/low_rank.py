@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lookupffn.checks import check
+
 
 class LowRankFFN(nn.Module):
     """Dense FFN whose matrices are products of two of rank ``r``, ``y = U_2 V_2 gelu(U_1 V_1 x + b_1) + b_2``.
@@ -28,8 +30,7 @@ class LowRankFFN(nn.Module):
         most = min(hidden_size, intermediate_size)
         if rank is None:
             rank = max(1, round(hidden_size * intermediate_size / (6 * (hidden_size + intermediate_size))))
-        if not 1 <= rank <= most:
-            raise ValueError(f"rank must be 1 to {most} (the smaller width), not {rank!r}")
+        check(1 <= rank <= most, "rank", rank, f"1 to {most} (the smaller width)")
 
         def parameter(*shape):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookupffn import ops
+from lookupffn.checks import check
 
 
 class MemoryLayer(nn.Module):
@@ -56,8 +57,8 @@ class MemoryFormerFFN(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, tau: int = 8, device=None, dtype=None):
         super().__init__()
-        if not 1 <= tau <= 14 or hidden_size % tau:
-            raise ValueError(f"tau must be 1 to 14 and divide hidden_size {hidden_size}, not {tau!r}")
+        fits = 1 <= tau <= 14 and hidden_size % tau == 0
+        check(fits, "tau", tau, f"1 to 14 and divide hidden_size {hidden_size}")
         middle, where = hidden_size // tau * (tau + 2), {"device": device, "dtype": dtype}
         self.memory_1 = MemoryLayer(hidden_size, middle, tau, **where)
         self.norm = nn.LayerNorm(middle, **where)

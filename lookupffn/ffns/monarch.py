@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookupffn.ffns.block_diagonal import block_product
+from lookupffn.ffns.block_diagonal import block_product, check_blocks
 
 
 class Monarch(nn.Module):
@@ -55,9 +55,7 @@ class MonarchFFN(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, *, num_blocks: int = 8, device=None, dtype=None):
         super().__init__()
-        if num_blocks < 1 or hidden_size % num_blocks or intermediate_size % num_blocks:
-            widths = f"hidden_size {hidden_size} and intermediate_size {intermediate_size}"
-            raise ValueError(f"num_blocks must be at least 1 and divide {widths}, not {num_blocks!r}")
+        check_blocks("num_blocks", num_blocks, hidden_size, intermediate_size)
         self.up = Monarch(hidden_size, intermediate_size, num_blocks, device=device, dtype=dtype)
         self.down = Monarch(intermediate_size, hidden_size, num_blocks, device=device, dtype=dtype)
         self.init_parameters(0.02)

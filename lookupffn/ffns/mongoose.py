@@ -1,6 +1,6 @@
 """MONGOOSE: SLIDE with a hash that is learned, and rehashed only when enough codes would change.
 
-A simulation of its quality by dense masked products, as ``slide.py`` is.
+A simulation of its quality by dense masked products, as ``hashed.py`` says.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookupffn.ffns.slide import HashedFFN, check_range, hash_codes
+from lookupffn.checks import check
+from lookupffn.ffns.hashed import HashedFFN, hash_codes
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -52,9 +53,9 @@ class MongooseFFN(HashedFFN):
     ):
         sizes = (hidden_size, num_tables, hash_bits, active)
         super().__init__(hidden_size, intermediate_size, *sizes, device=device, dtype=dtype)
-        check_range("rehash_threshold", rehash_threshold, 0, 1)
-        check_range("margin", margin, 0, 2)
-        check_range("auxiliary_weight", auxiliary_weight, 0)
+        check(0 <= rehash_threshold <= 1, "rehash_threshold", rehash_threshold, "0 to 1")
+        check(0 <= margin <= 2, "margin", margin, "0 to 2")
+        check(auxiliary_weight >= 0, "auxiliary_weight", auxiliary_weight, "at least 0")
         self.rehash_threshold, self.margin, self.auxiliary_weight = rehash_threshold, margin, auxiliary_weight
         self.projection = nn.Parameter(torch.empty_like(self.hash_weight))
         self.init_parameters(0.02)

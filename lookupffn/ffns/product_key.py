@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookupffn import ops  # noqa: F401 - registers torch.ops.lookupffn.gather
+from lookupffn.checks import check
 from lookupffn.ffns.block_diagonal import block_product
 
 
@@ -51,14 +52,10 @@ class ProductKeyFFN(nn.Module):
     ):
         super().__init__()
         key_size = max(2, hidden_size // 16 * 2) if key_size is None else key_size
-        for name, value, fits, expected in (
-            ("num_heads", num_heads, num_heads >= 1, "at least 1"),
-            ("num_keys", num_keys, num_keys >= 1, "at least 1"),
-            ("key_size", key_size, key_size >= 2 and key_size % 2 == 0, "even and at least 2"),
-            ("top_k", top_k, 1 <= top_k <= num_keys, f"1 to {num_keys} (num_keys)"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {expected}, not {value!r}")
+        check(num_heads >= 1, "num_heads", num_heads, "at least 1")
+        check(num_keys >= 1, "num_keys", num_keys, "at least 1")
+        check(key_size >= 2 and key_size % 2 == 0, "key_size", key_size, "even and at least 2")
+        check(1 <= top_k <= num_keys, "top_k", top_k, f"1 to {num_keys} (num_keys)")
         where = {"device": device, "dtype": dtype}
         self.top_k = top_k
         self.query = nn.Linear(hidden_size, num_heads * key_size, bias=False, **where)  # the norm has a bias

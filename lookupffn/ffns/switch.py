@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lookupffn.checks import check
+
 
 def routed_ffn(x: Tensor, expert: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
     """The FFN ``expert[b]`` for every token ``b``: ``y[b] = gelu(x[b] up[e]^T + up_bias[e]) down[e] + down_bias[e]``.
@@ -55,13 +57,9 @@ class SwitchFFN(nn.Module):
     ):
         super().__init__()
         expert_size = max(1, intermediate_size // 6) if expert_size is None else expert_size
-        for name, value, least in (
-            ("num_experts", num_experts, 1),
-            ("expert_size", expert_size, 1),
-            ("load_balancing", load_balancing, 0),
-        ):
-            if not value >= least:
-                raise ValueError(f"{name} must be at least {least}, not {value!r}")
+        check(num_experts >= 1, "num_experts", num_experts, "at least 1")
+        check(expert_size >= 1, "expert_size", expert_size, "at least 1")
+        check(load_balancing >= 0, "load_balancing", load_balancing, "at least 0")
         self.intermediate_size, self.load_balancing = intermediate_size, load_balancing
         self.auxiliary_loss: Tensor | None = None
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lookupffn.checks import check
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.layer import BH4, LookupConfig, LookupFFN
 from lookupffn.reference import STAGES
@@ -28,6 +29,8 @@ class LookupVariantFFN(LookupFFN):
         scale: ``s = a_t score``, ``a (T)`` learned from 1.
         offset: ``s = score + c_t``, ``c (T)`` learned from 0; with ``scale`` ``s = a_t score + c_t``.
         centred: ``z`` loses its mean over the batch in training, a running mean (of momentum 0.01) in evaluation.
+        differences: bits are signs of differences, ``(z_j - z_{j+1}) / sqrt(2)``, the last one's with the first.
+        shared: so many tables read the same rows, table ``t`` those of ``t mod T / shared``; 1: each has its own.
         table_dropout: probability with which training leaves a table out, for each token anew; the rest is scaled up.
         smoothness: the loss has ``smoothness * mean over t, k, j of |tables[t, k] - tables[t, k ^ 2^j]|^2``.
         row_size: rows have this width, and their sum goes through a matrix ``(hidden_size, row_size)``; 0: full rows.
@@ -49,6 +52,8 @@ class LookupVariantFFN(LookupFFN):
         scale: bool = False,
         offset: bool = False,
         centred: bool = False,
+        differences: bool = False,
+        shared: int = 1,
         table_dropout: float = 0.0,
         smoothness: float = 0.0,
         row_size: int = 0,
@@ -57,19 +62,24 @@ class LookupVariantFFN(LookupFFN):
         dtype=None,
         **config,
     ):
-        for name, value, fits, expected in (
-            ("stages", stages, stages >= 1, "at least 1"),
-            ("z_std", z_std, z_std > 0, "more than 0"),
-            ("table_std", table_std, table_std > 0, "more than 0"),
-            ("table_dropout", table_dropout, 0 <= table_dropout < 1, "at least 0 and less than 1"),
-            ("smoothness", smoothness, smoothness >= 0, "at least 0"),
-            ("row_size", row_size, 0 <= row_size <= hidden_size, f"0 to {hidden_size} (hidden_size)"),
-            ("dense_size", dense_size, dense_size >= 0, "at least 0"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {expected}, not {value!r}")
+        check(stages >= 1, "stages", stages, "at least 1")
+        check(z_std > 0, "z_std", z_std, "more than 0")
+        check(table_std > 0, "table_std", table_std, "more than 0")
+        check(0 <= table_dropout < 1, "table_dropout", table_dropout, "at least 0 and less than 1")
+        check(smoothness >= 0, "smoothness", smoothness, "at least 0")
+        check(0 <= row_size <= hidden_size, "row_size", row_size, f"0 to {hidden_size} (hidden_size)")
+        check(dense_size >= 0, "dense_size", dense_size, "at least 0")
         lookup, where = LookupConfig(hidden_size, row_size or hidden_size, **config), {"device": device, "dtype": dtype}
         super().__init__(lookup, **where)
+        check(
+            shared >= 1 and lookup.num_tables % shared == 0,
+            "shared",
+            shared,
+            f"a divisor of {lookup.num_tables} tables",
+        )
+        if shared > 1:
+            self.tables = nn.Parameter(self.tables.new_empty(lookup.num_tables // shared, *self.tables.shape[1:]))
+        self.differences, self.shared = differences, shared
         self.z_std, self.table_std, self.table_dropout, self.smoothness = z_std, table_std, table_dropout, smoothness
         if lookup.projection == "bh4" and stages != STAGES:
             self.projection = BH4(hidden_size, lookup.code_features, lookup.block_size, lookup.decay, stages, **where)
@@ -88,6 +98,8 @@ class LookupVariantFFN(LookupFFN):
         c, z = self.config, self.project(x)  # (B, T, tau)
         if self.mean is not None:
             z = self._centre(z)
+        if self.differences:
+            z = (z - z.roll(-1, -1)) * 0.5**0.5
         if self.log_temperature is not None:
             z = z * self.log_temperature.exp()[:, None]
         codes, scores = torch.ops.lookupffn.hash_codes(z, c.reads)  # (B, T, N)
@@ -97,7 +109,7 @@ class LookupVariantFFN(LookupFFN):
             scores = scores + self.offset[:, None]
         if self.training and self.table_dropout:
             scores = scores * F.dropout(scores.new_ones(*scores.shape[:2], 1), self.table_dropout)
-        y = torch.ops.lookupffn.gather(self.tables, codes, scores) + self.bias
+        y = torch.ops.lookupffn.gather(self._all_tables(), codes, scores) + self.bias
         y = y.to(x.dtype).reshape(*x.shape[:-1], c.out_features)
         if self.row_output is not None:
             y = self.row_output(y)
@@ -105,6 +117,9 @@ class LookupVariantFFN(LookupFFN):
             y = y + self.dense(x)
         self.auxiliary_loss = self.smoothness * self.roughness() if self.training and self.smoothness else None
         return y
+
+    def _all_tables(self) -> Tensor:
+        return self.tables.repeat(self.shared, 1, 1) if self.shared > 1 else self.tables
 
     def _centre(self, z: Tensor) -> Tensor:
         if not self.training or not len(z):
@@ -116,15 +131,17 @@ class LookupVariantFFN(LookupFFN):
 
     def roughness(self) -> Tensor:
         """Mean over tables, rows and bits of the squared distance between two rows one bit apart: a scalar."""
-        c, total = self.config, 0
-        for bit in range(c.code_bits):
-            halves = self.tables.view(c.num_tables, 2**bit, 2, -1, c.out_features)
+        bits, tables, width = self.config.code_bits, len(self.tables), self.config.out_features
+        total = self.tables.new_zeros(())
+        for bit in range(bits):
+            halves = self.tables.view(tables, 2**bit, 2, -1, width)
             total = total + (halves[:, :, 0] - halves[:, :, 1]).square().sum()
-        return total / (c.code_bits * c.num_tables * c.num_rows / 2)
+        return total / (bits * tables * self.config.num_rows / 2)
 
     @torch.no_grad()
     def for_inference(self) -> LookupFFN:
-        """A plain LookupFFN with the same outputs: ``scale`` goes into the tables, ``centred`` into the bias of ``z``.
+        """A plain LookupFFN with the same outputs: ``scale`` and ``shared`` go into the tables, ``centred``
+        into the bias of ``z``.
 
         Raises:
             ValueError: an option is set that changes more than parameters, so that no plain layer is its equal.
@@ -132,11 +149,13 @@ class LookupVariantFFN(LookupFFN):
         stays = {"temperature": self.log_temperature, "offset": self.offset, "row_size": self.row_output}
         stays |= {"dense_size": self.dense, "centred": self.mean if self.config.projection == "none" else None}
         used = [name for name, value in stays.items() if value is not None]
+        used += ["differences"] if self.differences else []
         used += ["stages"] if getattr(self.projection, "stages", STAGES) != STAGES else []
         if used:
             raise ValueError(f"no plain LookupFFN equals one with {', '.join(used)}: it runs in PyTorch only")
         layer = LookupFFN(self.config, device="meta", dtype=self.tables.dtype)
         values = {name: value for name, value in self.state_dict().items() if name not in ("scale", "mean")}
+        values["tables"] = self._all_tables()
         if self.scale is not None:
             values["tables"] = values["tables"] * self.scale[:, None, None]
         if self.mean is not None:

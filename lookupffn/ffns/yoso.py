@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookupffn.ffns.slide import check_range, count_collisions, hash_codes, recomputing
+from lookupffn.checks import check
+from lookupffn.ffns.hashed import count_collisions, hash_codes, recomputing
 from lookupffn.reference import hadamard_matrix, next_power_of_two
 
 ROTATIONS = 3  # the factors H D of a fast random rotation
@@ -54,12 +55,12 @@ class YosoFFN(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        check_range("hash_bits", hash_bits, 1, 16)
+        check(1 <= hash_bits <= 16, "hash_bits", hash_bits, "1 to 16")
         self.padded = next_power_of_two(hidden_size)  # D'
         if num_hashes is None:  # by their cost in flops
             each = hash_bits * ROTATIONS * math.log2(self.padded) + 2 * hidden_size
             num_hashes = max(1, round(4 * hidden_size * intermediate_size / 6 / each))
-        check_range("num_hashes", num_hashes, 1)
+        check(num_hashes >= 1, "num_hashes", num_hashes, "at least 1")
         self.num_hashes, self.hash_bits = num_hashes, hash_bits
         self.repeats = math.ceil(num_hashes * hash_bits / self.padded)  # R
         where = {"device": device, "dtype": dtype}
