@@ -107,12 +107,13 @@ def _read(path: str, columns: list[str], label_column: str):
 
 
 def _classifier(config: FinetuneConfig, classes: list) -> LookupRobertaForSequenceClassification:
-    names = {
+    fields = {
+        "classifier_pooling": config.pooling,
         "id2label": {i: str(c) for i, c in enumerate(classes)},
         "label2id": {str(c): i for i, c in enumerate(classes)},
     }
     try:
-        model = LookupRobertaForSequenceClassification.from_pretrained(config.model, use_safetensors=True, **names)
+        model = LookupRobertaForSequenceClassification.from_pretrained(config.model, use_safetensors=True, **fields)
     except (OSError, ValueError) as error:
         raise InputError(f"{config.model}: no model of lookupffn ({' '.join(str(error).split())[:200]})") from None
     if config.max_length > model.config.max_position_embeddings:

@@ -30,6 +30,7 @@ POSITIVE = Limit(lambda value: value > 0, "more than 0")
 SHARE = Limit(lambda value: 0 < value < 1, "between 0 and 1")
 SHARE_OR_0 = Limit(lambda value: 0 <= value < 1, "at least 0 and less than 1")
 OBJECTIVES = Limit(lambda value: value in ("masked", "causal"), "one of masked, causal")
+POOLINGS = Limit(lambda value: value in ("mean", "cls"), "one of mean, cls")
 SCHEDULES = Limit(lambda value: value in ("linear", "constant"), "one of linear, constant")
 
 
@@ -173,6 +174,7 @@ class FinetuneConfig(Optimisation):
     output_dir: str = _setting("runs/finetune", "folder of metrics and the final model")
     text_column: str = _setting("text", "column of text; two with a comma for pairs of sentences")
     label_column: str = _setting("label", "column of the class, a whole number or a word")
+    pooling: str = _setting("mean", "what the head looks at: mean of all tokens, or cls, the first one", POOLINGS)
     max_length: int = _setting(256, "longer texts are cut to this many tokens", AT_LEAST_1)
     epochs: int = _setting(3, "passes over the training texts", AT_LEAST_1)
     batch_size: int = _setting(32, "texts a step", AT_LEAST_1)

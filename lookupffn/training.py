@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -242,6 +243,7 @@ class Progress(TrainerCallback):
             unit="step",
             disable=not state.is_world_process_zero,
             dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file need not hold every step
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -250,7 +252,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.values |= {label: f"{logs[key]:.3f}" for label, key in self.metrics.items() if key in logs}
         if hasattr(self, "bar"):
-            self.bar.set_postfix(self.values)
+            self.bar.set_postfix(self.values, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

@@ -124,6 +124,7 @@ def test_classes_must_fit(pretrained, tmp_path, files):
         ("learning_rate", 0.0, "learning_rate must be more than 0"),
         ("warmup_fraction", 1.0, "warmup_fraction must be at least 0 and less than 1"),
         ("seed", -1, "seed must be at least 0"),
+        ("pooling", "max", "pooling must be one of mean, cls, not 'max'"),
         ("batch_size", "many", "batch_size must be of type int, not 'many'"),
     ],
 )

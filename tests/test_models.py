@@ -16,6 +16,7 @@ from lookupffn.models import (
     LookupRobertaConfig,
     LookupRobertaForCausalLM,
     LookupRobertaForMaskedLM,
+    LookupRobertaForSequenceClassification,
     LookupRobertaModel,
 )
 
@@ -74,6 +75,24 @@ def test_loading_for_classification_keeps_the_encoder_and_draws_the_head(tmp_pat
     expected = torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 3, 1]))
     torch.testing.assert_close(out.loss, expected)
     assert classifier.classifier.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.3)
+
+
+def test_a_classifier_looks_at_the_first_token_or_at_the_mean_of_a_texts_own():
+    x = ids()
+    mask = torch.ones_like(x)
+    mask[0, 6:] = 0
+    for pooling in ("cls", "mean"):
+        torch.manual_seed(0)
+        model = LookupRobertaForSequenceClassification(tiny(classifier_pooling=pooling)).eval()
+        hidden = model.encoder(x, mask).last_hidden_state
+        rows = [h[m.bool()].mean(0) for h, m in zip(hidden, mask, strict=True)]
+        pooled = hidden[:, 0] if pooling == "cls" else torch.stack(rows)
+        expected = model.classifier(torch.tanh(model.dense(pooled)))
+        torch.testing.assert_close(model(x, attention_mask=mask).logits, expected)
+        alone = model(x[:1, :6]).logits
+        torch.testing.assert_close(model(x, attention_mask=mask).logits[:1], alone, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="classifier_pooling must be cls or mean, not 'max'"):
+        LookupRobertaForSequenceClassification(tiny(classifier_pooling="max"))
 
 
 @every_ffn

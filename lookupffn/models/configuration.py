@@ -17,6 +17,7 @@ class LookupRobertaConfig(PreTrainedConfig):
         ffn_options: numbers and words for that layer, by the names of its constructor; for `"lookup"` the fields of
             [`lookupffn.LookupConfig`]. What is not given has the layer's own default.
         is_decoder: a token attends to itself and to those before it, not to those after.
+        classifier_pooling: what a classifier looks at, `"cls"`, the first token, or `"mean"`, that of all of the text.
         sparse_prediction: with labels, compute logits of labelled positions only; `logits` is then
             (labelled tokens, vocab_size). Saves most of the head's work in pretraining.
     """
@@ -33,6 +34,7 @@ class LookupRobertaConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int | None = None
+    classifier_pooling: str = "cls"
     max_position_embeddings: int = 512
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5

@@ -20,6 +20,7 @@ from transformers.models.roberta.modeling_roberta import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from lookupffn.checks import check
 from lookupffn.ffns import build_ffn
 from lookupffn.models.configuration import LookupRobertaConfig
 
@@ -286,10 +287,12 @@ class LookupRobertaForCausalLM(LookupRobertaForMaskedLM):
 
 
 class LookupRobertaForSequenceClassification(LookupRobertaPreTrainedModel):
-    """The encoder with RoBERTa's classification head on the first token."""
+    """The encoder with RoBERTa's classification head on the first token or the mean (`classifier_pooling`)."""
 
     def __init__(self, config: LookupRobertaConfig):
         super().__init__(config)
+        pooling = config.classifier_pooling
+        check(pooling in ("cls", "mean"), "classifier_pooling", pooling, "cls or mean")
         self.num_labels = config.num_labels
         self.encoder = LookupRobertaModel(config)
         dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
@@ -311,8 +314,8 @@ class LookupRobertaForSequenceClassification(LookupRobertaPreTrainedModel):
         """``labels (batch)``: classes, or float targets with ``num_labels == 1``; the loss follows
         ``config.problem_type`` as everywhere in transformers."""
         outputs = self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        first = self.dropout(outputs.last_hidden_state[:, 0])
-        logits = self.classifier(self.dropout(torch.tanh(self.dense(first))))
+        pooled = self.dropout(self._pool(outputs.last_hidden_state, attention_mask))
+        logits = self.classifier(self.dropout(torch.tanh(self.dense(pooled))))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -320,3 +323,12 @@ class LookupRobertaForSequenceClassification(LookupRobertaPreTrainedModel):
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def _pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """One vector a text, ``(batch, tokens, hidden_size)`` to ``(batch, hidden_size)``, without padding."""
+        if self.config.classifier_pooling == "cls":
+            return hidden[:, 0]
+        if attention_mask is None:
+            return hidden.mean(1)
+        weights = attention_mask.to(hidden.dtype)
+        return torch.einsum("bsd,bs->bd", hidden, weights) / weights.sum(1, keepdim=True).clamp(min=1)
