@@ -94,9 +94,15 @@ def show(records: Sequence[dict], console: Console) -> None:
     console.print(table)
 
 
+def _one_two_five(value: float, _=None) -> str:
+    """A tick of a logarithmic axis as a plain number, empty for most: where the first digit is 1, 2, 3 or 5."""
+    return f"{value:,g}" if f"{value:e}"[0] in "1235" else ""
+
+
 def plot(records: Sequence[dict], path: Path) -> None:
     """Log perplexity against multiply-adds and against measured time, a point a recipe and a panel row a horizon."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     rows = summarise(records)
     horizons = sorted({row["tokens"] for row in rows})
@@ -108,14 +114,16 @@ def plot(records: Sequence[dict], path: Path) -> None:
             (flops, "ffn_macs_per_token", "FFN multiply-adds a token"),
             (micros, "ffn_us_per_token", "FFN µs a token here, fastest form at hand"),
         ):
+            farthest = max(row[key] for row in here)
             for row in here:
                 filled = "none" if row["recipe"] == "dense" else None
                 mark = ax.errorbar(
                     row[key], row["log_perplexity"], yerr=row["spread"], fmt="o", capsize=3, markerfacecolor=filled
                 )
                 ax.annotate(
-                    row["recipe"], (row[key], row["log_perplexity"]), textcoords="offset points", xytext=(6, 4),
-                    fontsize=8, color=mark[0].get_color(),
+                    row["recipe"], (row[key], row["log_perplexity"]), textcoords="offset points", fontsize=8,
+                    xytext=(-6 if row[key] == farthest else 6, 4), ha="right" if row[key] == farthest else "left",
+                    color=mark[0].get_color(),
                 )  # fmt: skip
             best, front = float("inf"), []
             for row in sorted(here, key=lambda row: row[key]):
@@ -123,7 +131,10 @@ def plot(records: Sequence[dict], path: Path) -> None:
                     best = row["log_perplexity"]
                     front.append((row[key], best))
             ax.step(*zip(*front, strict=True), where="post", color="0.7", zorder=0, linewidth=1)
-            ax.set(xscale="log", xlabel=label, ylabel="log perplexity, nats", title=f"{tokens:,} tokens")
+            ax.set_xscale("log")
+            for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+                axis(FuncFormatter(_one_two_five))
+            ax.set(xlabel=label, ylabel="log perplexity, nats", title=f"{tokens:,} tokens")
             ax.grid(color="0.92")
             ax.margins(0.15)  # room for the names
     path.parent.mkdir(parents=True, exist_ok=True)
