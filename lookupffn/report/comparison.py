@@ -95,8 +95,28 @@ def show(records: Sequence[dict], console: Console) -> None:
 
 
 def _one_two_five(value: float, _=None) -> str:
-    """A tick of a logarithmic axis as a plain number, empty for most: where the first digit is 1, 2, 3 or 5."""
-    return f"{value:,g}" if f"{value:e}"[0] in "1235" else ""
+    """A tick of a logarithmic axis as a plain number, empty for most: where the first digit is 1, 2 or 5."""
+    return f"{value:,g}" if f"{value:e}"[0] in "125" else ""
+
+
+def _name(ax, marks: Sequence[tuple[float, float, str, str]]) -> None:
+    """Writes names beside marks ``(x, y, name, colour)``, each as far up as it must be to be clear of the others."""
+    size, taken = 8, []  # of letters; rectangles (left, right, middle), all in points
+    ax.figure.canvas.draw()  # places the axes
+    for x, y, name, colour in sorted(marks, key=lambda mark: mark[1]):
+        across, up = ax.transData.transform((x, y)) * 72 / ax.figure.dpi
+        width, above = 0.62 * size * len(name), 3
+        fits = across + width < ax.bbox.x1 * 72 / ax.figure.dpi
+        left = across + 6 if fits else across - 6 - width
+        while any(
+            left < end and left + width > begin and abs(up + above - middle) < 1.15 * size
+            for begin, end, middle in taken
+        ):
+            above += 1
+        taken.append((left, left + width, up + above))
+        place = {"xytext": (6 if fits else -6, above), "ha": "left" if fits else "right", "va": "center"}
+        text = ax.annotate(name, (x, y), textcoords="offset points", fontsize=size, color=colour, **place)
+        text.set_in_layout(False)
 
 
 def plot(records: Sequence[dict], path: Path) -> None:
@@ -114,17 +134,13 @@ def plot(records: Sequence[dict], path: Path) -> None:
             (flops, "ffn_macs_per_token", "FFN multiply-adds a token"),
             (micros, "ffn_us_per_token", "FFN µs a token here, fastest form at hand"),
         ):
-            farthest = max(row[key] for row in here)
+            marks = []
             for row in here:
                 filled = "none" if row["recipe"] == "dense" else None
                 mark = ax.errorbar(
                     row[key], row["log_perplexity"], yerr=row["spread"], fmt="o", capsize=3, markerfacecolor=filled
                 )
-                ax.annotate(
-                    row["recipe"], (row[key], row["log_perplexity"]), textcoords="offset points", fontsize=8,
-                    xytext=(-6 if row[key] == farthest else 6, 4), ha="right" if row[key] == farthest else "left",
-                    color=mark[0].get_color(),
-                )  # fmt: skip
+                marks.append((row[key], row["log_perplexity"], row["recipe"], mark[0].get_color()))
             best, front = float("inf"), []
             for row in sorted(here, key=lambda row: row[key]):
                 if row["log_perplexity"] < best:
@@ -137,5 +153,6 @@ def plot(records: Sequence[dict], path: Path) -> None:
             ax.set(xlabel=label, ylabel="log perplexity, nats", title=f"{tokens:,} tokens")
             ax.grid(color="0.92")
             ax.margins(0.15)  # room for the names
+            _name(ax, marks)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
