@@ -11,7 +11,7 @@ from rich.console import Console
 from lookupffn import compare as lab
 from lookupffn import native
 from lookupffn.recipe import InputError
-from lookupffn.report.comparison import markdown, show, summarise
+from lookupffn.report.comparison import _name, _one_two_five, markdown, show, summarise
 
 COMMON = {
     "preset": "small",
@@ -161,3 +161,26 @@ def test_the_summary_pairs_seeds_and_keeps_horizons_apart():
     shown = console.export_text()
     assert "-0.1500" in shown
     assert "…" not in shown
+
+
+def test_names_in_the_plot_are_clear_of_each_other_and_stay_inside():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    marks = [(0.5, 0.5, "first", "k"), (0.5, 0.5, "second", "k"), (0.52, 0.51, "third", "k"), (0.99, 0.5, "last", "k")]
+    _name(axes, marks)
+    figure.canvas.draw()
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert set(boxes) == {"first", "second", "third", "last"}
+    together = [boxes[name] for name in ("first", "second", "third")]
+    assert not any(a.overlaps(b) for i, a in enumerate(together) for b in together[:i])
+    assert boxes["last"].x1 < axes.transData.transform((0.99, 0.5))[0] < axes.bbox.x1
+    assert boxes["first"].x0 > axes.transData.transform((0.5, 0.5))[0]
+
+
+def test_ticks_of_a_logarithmic_axis_are_few_and_plain():
+    assert [_one_two_five(value) for value in (0.2, 0.3, 5, 7, 10_000, 30_000, 50_000)] == [
+        *("0.2", "", "5", "", "10,000", "", "50,000")
+    ]

@@ -148,8 +148,8 @@ def plot(records: Sequence[dict], path: Path) -> None:
                     front.append((row[key], best))
             ax.step(*zip(*front, strict=True), where="post", color="0.7", zorder=0, linewidth=1)
             ax.set_xscale("log")
-            for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-                axis(FuncFormatter(_one_two_five))
+            for set_formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+                set_formatter(FuncFormatter(_one_two_five))
             ax.set(xlabel=label, ylabel="log perplexity, nats", title=f"{tokens:,} tokens")
             ax.grid(color="0.92")
             ax.margins(0.15)  # room for the names
