@@ -11,7 +11,7 @@ from rich.console import Console
 from lookupffn import compare as lab
 from lookupffn import native
 from lookupffn.recipe import InputError
-from lookupffn.report.comparison import _name, _one_two_five, markdown, show, summarise
+from lookupffn.report.comparison import _name, _tick, markdown, show, summarise
 
 COMMON = {
     "preset": "small",
@@ -181,6 +181,7 @@ def test_names_in_the_plot_are_clear_of_each_other_and_stay_inside():
 
 
 def test_ticks_of_a_logarithmic_axis_are_few_and_plain():
-    assert [_one_two_five(value) for value in (0.2, 0.3, 5, 7, 10_000, 30_000, 50_000)] == [
+    assert [_tick(value, "125") for value in (0.2, 0.3, 5, 7, 10_000, 30_000, 50_000)] == [
         *("0.2", "", "5", "", "10,000", "", "50,000")
     ]
+    assert [_tick(value, "1") for value in (0.1, 0.5, 1_000_000)] == ["0.1", "", "1,000,000"]

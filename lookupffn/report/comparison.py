@@ -94,9 +94,9 @@ def show(records: Sequence[dict], console: Console) -> None:
     console.print(table)
 
 
-def _one_two_five(value: float, _=None) -> str:
-    """A tick of a logarithmic axis as a plain number, empty for most: where the first digit is 1, 2 or 5."""
-    return f"{value:,g}" if f"{value:e}"[0] in "125" else ""
+def _tick(value: float, digits: str) -> str:
+    """A tick of a logarithmic axis as a plain number, empty where its first digit is none of ``digits``."""
+    return f"{value:,.10g}" if f"{value:e}"[0] in digits else ""
 
 
 def _name(ax, marks: Sequence[tuple[float, float, str, str]]) -> None:
@@ -148,11 +148,12 @@ def plot(records: Sequence[dict], path: Path) -> None:
                     front.append((row[key], best))
             ax.step(*zip(*front, strict=True), where="post", color="0.7", zorder=0, linewidth=1)
             ax.set_xscale("log")
+            digits = "1" if max(row[key] for row in here) > 100 * min(row[key] for row in here) else "125"
             for set_formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-                set_formatter(FuncFormatter(_one_two_five))
+                set_formatter(FuncFormatter(lambda value, _, digits=digits: _tick(value, digits)))
             ax.set(xlabel=label, ylabel="log perplexity, nats", title=f"{tokens:,} tokens")
             ax.grid(color="0.92")
-            ax.margins(0.15)  # room for the names
+            ax.margins(0.15, 0.2)  # room for the names
             _name(ax, marks)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
