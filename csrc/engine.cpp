@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -154,10 +155,9 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
 
   for (int64_t start = 0; start < tokens; start += chunk) {
     const int64_t count = std::min(chunk, tokens - start);
-    const int64_t tiles = (count + tile - 1) / tile;
 
-    // Phase 1: codes and scores. One tile alone is shared out by repeats, whose z is then hashed here.
-    if (!serial && tiles == 1 && l.h.repeats > 1) {
+    // Phase 1: codes and scores. Threads share tokens, or of one tile alone its repeats, whose z is then hashed here.
+    if (!serial && count <= tile && l.h.repeats > 1) {
       run(l.h.repeats, [&](int64_t first, int64_t last) {
         TileScratch s(tile_arena, l, tile);
         k.project(l, x, start, int(count), int(first), int(last), shared_z, s);
@@ -167,16 +167,16 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
         hash_tile(k, l, 0, l.groups, shared_z, 0, int(count), false, s.scores, reads);
       });
     } else {
-      run(tiles, [&](int64_t first, int64_t last) {
+      run(count, [&](int64_t first, int64_t last) {
         TileScratch s(tile_arena, l, tile);
-        for (int64_t i = first; i < last; i++) {
-          const int in_tile = int(std::min<int64_t>(tile, count - i * tile));
+        for (int64_t token = first; token < last; token += tile) {
+          const int in_tile = int(std::min<int64_t>(tile, last - token));
           for (int part = 0, hashed = 0; part < parts; part++) {
             const int repeats = l.h.repeats / parts, ready = part + 1 == parts ? l.groups : groups_of(part + 1);
             const double before = stages ? now() : 0;
-            k.project(l, x, start + i * tile, in_tile, part * repeats, (part + 1) * repeats, s.z, s);
+            k.project(l, x, start + token, in_tile, part * repeats, (part + 1) * repeats, s.z, s);
             const double between = stages ? now() : 0;
-            if (ready > hashed) hash_tile(k, l, hashed, ready, s.z, i * tile, in_tile, early, s.scores, reads);
+            if (ready > hashed) hash_tile(k, l, hashed, ready, s.z, token, in_tile, early, s.scores, reads);
             hashed = ready;
             if (stages) {
               stages->project += between - before;
@@ -187,9 +187,9 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
       });
     }
 
-    // Phase 2: the gather. A thread keeps to few slices, so that their rows are fetched into one L2 only; where there
-    // are fewer slices than threads, tokens are split too.
-    const int64_t parts = serial ? 1 : std::max<int64_t>(1, std::min<int64_t>(count, (threads.count + l.slices - 1) / l.slices));
+    // Phase 2: the gather. A thread keeps to few slices, so that their rows are fetched into one L2 only; where slices
+    // do not come out even, tokens are split too, into as few parts as give every thread as much.
+    const int64_t parts = serial ? 1 : std::min<int64_t>(count, threads.count / std::gcd(threads.count, l.slices));
     const int64_t part = (count + parts - 1) / parts;
     const double before = stages ? now() : 0;
     run(l.slices * parts, [&](int64_t first, int64_t last) {

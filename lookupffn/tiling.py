@@ -48,7 +48,7 @@ def cache_file() -> Path:
 
 
 def choose_tiling(config: LookupConfig, packed: Tensor) -> Tiling:
-    """The fastest of a few tilings for this layer on this machine, from the cache or timed in a tenth of a second.
+    """The fastest of a few tilings for this layer on this machine, from the cache or timed in some tenths of a second.
 
     A choice is kept for the processor, the implementation, torch's threads and the layer's shape and types. A cache
     that cannot be read or written is done without.
@@ -80,13 +80,18 @@ def _read_cache() -> dict:
         return {}
 
 
+def passes(config: LookupConfig) -> list[int]:
+    """The ``groups_a_pass`` that are worth trying: all groups of tables at once, half of them, a quarter, to one."""
+    groups = -(-config.num_tables // 16)
+    return [groups >> halvings for halvings in range(groups.bit_length())]
+
+
 @torch.no_grad()
 def _timed_choice(config: LookupConfig, packed: Tensor) -> Tiling:
     x = torch.randn(TIMED_TOKENS, config.in_features, generator=torch.Generator().manual_seed(0))
-    groups = -(-config.num_tables // 16)
-    passes = sorted({groups, max(1, groups // 2), max(1, groups // 4)}, reverse=True)
-    candidates = [Tiling(12, p, ahead) for p in passes for ahead in (0, 128, 256)]
-    best = _fastest({t: (t, x) for t in candidates}, config, packed)
+    best = _fastest({t: (t, x) for t in (Tiling(groups_a_pass=p) for p in passes(config))}, config, packed)
+    aheads = [dataclasses.replace(best, prefetch_rows=rows) for rows in (0, 128, 256)]
+    best = _fastest({t: (t, x) for t in aheads}, config, packed)
     if native.implementation() == "amx":  # whose own tiles are 16 tokens high; elsewhere 12 is best or as good
         tiles = [dataclasses.replace(best, tile_tokens=n) for n in (12, 16, 32)]
         best = _fastest({t: (t, x) for t in tiles}, config, packed)
