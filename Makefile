@@ -17,7 +17,7 @@ test:
 # The long run: ten thousand random layers, and the kernels under sanitizers and on emulated processors.
 test-all: test
 	@LOOKUPFFN_TEST_EXAMPLES=10000 $(VENV)/bin/python -m pytest --timeout=3600 tests/test_packed.py tests/test_native.py \
-		tests/test_native_training.py
+		tests/test_native_calls.py tests/test_native_training.py
 	@scripts/test_native.sh
 	@build/native-release/kernel_tests --long
 
