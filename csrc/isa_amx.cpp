@@ -12,6 +12,7 @@ namespace lookupffn { namespace amx {
 #include "simd_avx512.h"
 #include "tiles_amx.h"
 #include "kernels-inl.h"
+#include "probe-inl.h"
 #include "training-inl.h"
 } }
 #pragma GCC pop_options

@@ -9,6 +9,7 @@
 namespace lookupffn { namespace avx2 {
 #include "simd_avx2.h"
 #include "kernels-inl.h"
+#include "probe-inl.h"
 #include "training-inl.h"
 } }
 #pragma GCC pop_options

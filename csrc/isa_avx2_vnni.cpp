@@ -10,6 +10,7 @@
 namespace lookupffn { namespace avx2_vnni {
 #include "simd_avx2.h"
 #include "kernels-inl.h"
+#include "probe-inl.h"
 #include "training-inl.h"
 } }
 #pragma GCC pop_options

@@ -9,6 +9,7 @@
 namespace lookupffn { namespace avx512 {
 #include "simd_avx512.h"
 #include "kernels-inl.h"
+#include "probe-inl.h"
 #include "training-inl.h"
 } }
 #pragma GCC pop_options

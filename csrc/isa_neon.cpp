@@ -7,6 +7,7 @@
 namespace lookupffn { namespace neon {
 #include "simd_neon.h"
 #include "kernels-inl.h"
+#include "probe-inl.h"
 #include "training-inl.h"
 } }
 

@@ -10,6 +10,7 @@
 namespace lookupffn { namespace neon_dot {
 #include "simd_neon.h"
 #include "kernels-inl.h"
+#include "probe-inl.h"
 #include "training-inl.h"
 } }
 #pragma GCC pop_options

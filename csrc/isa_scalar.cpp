@@ -5,6 +5,7 @@
 namespace lookupffn { namespace scalar {
 #include "simd_scalar.h"
 #include "kernels-inl.h"
+#include "probe-inl.h"
 #include "training-inl.h"
 } }
 

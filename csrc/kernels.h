@@ -25,6 +25,13 @@ struct ProjectScratch {  // for a tile of tokens
   float* unit[2];        // [tile] what one step of the quantised x, of a stage's input is worth
 };
 
+// What a core is asked to repeat; each on sixteen lanes where it is a vector instruction.
+enum class Instruction : int {
+  kAdd, kMultiply, kFma, kDivide, kConvert, kVector, kDotInt8, kDotInt16, kRows, kTranspose, kExp,
+  kLoad, kStore, kPrefetch, kWord, kScalar, kIssue, kCycle, kWideCycle,
+};
+constexpr int kInstructions = 19;
+
 struct Kernels {
   const char* name;
 
@@ -46,8 +53,13 @@ struct Kernels {
   void (*gather)(const Layer&, int slice, int first, int last, int64_t begin, int64_t end, const uint16_t* codes,
                  const void* scores, const float* steps, void* sums, Rows y, int64_t y_token, int ahead);
 
-  // Loads `count` cache lines of 64 bytes at lines[i] * 64, for measuring: returns something that depends on them all.
-  int32_t (*read_lines)(const uint8_t* memory, const uint32_t* lines, int64_t count);
+  // Measuring (probe-inl.h). The two readers return something that depends on every line of 64 bytes that they load: line
+  // lines[i] of `memory` for every i < count; `lines` of them, a multiple of 4, as they lie.
+  int32_t (*read_lines)(const uint8_t* memory, const uint32_t* lines, int64_t count, int64_t ahead);
+  int32_t (*read_stream)(const uint8_t* memory, int64_t lines);
+
+  // Runs an instruction again and again, on 4 KiB of `memory` where it needs any; returns how many times.
+  int64_t (*repeat)(Instruction instruction, int64_t rounds, uint8_t* memory);
 
   // Training (training-inl.h). Codes and scores here are int32 and float32, [token][table][read].
 

@@ -11,6 +11,7 @@ struct mask16 { __m256i a, b; };  // all bits of a lane, or none
 constexpr int kTileTokens = 4;   // 4 x 1 sums of two registers each, 2 of weights and 2 of activations, of 16
 constexpr int kTilePanels = 1;
 constexpr int kActivationOffset = 128;
+constexpr int kIndependent = 5;  // values that fit the registers, enough to hide an instruction's latency
 
 LOOKUPFFN_INLINE f32x16 zero_f32() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 LOOKUPFFN_INLINE f32x16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -225,3 +226,8 @@ LOOKUPFFN_INLINE void load_transposed_8(const float* p, f32x16 r[8]) {
     for (int i = 0; i < 8; i++) (half ? r[i].b : r[i].a) = q[i];
   }
 }
+
+// For measuring: the value is used and may have changed.
+LOOKUPFFN_INLINE void keep(f32x16& x) { __asm__ volatile("" : "+x"(x.a), "+x"(x.b)); }
+LOOKUPFFN_INLINE void keep(i32x16& x) { __asm__ volatile("" : "+x"(x.a), "+x"(x.b)); }
+LOOKUPFFN_INLINE void keep(bytes64& x) { __asm__ volatile("" : "+x"(x.a), "+x"(x.b)); }

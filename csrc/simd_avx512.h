@@ -11,6 +11,7 @@ struct mask16 { __mmask16 v; };
 constexpr int kTileTokens = 6;   // 6 x 4 accumulators, 4 weights and 1 activation of 32 registers
 constexpr int kTilePanels = 4;
 constexpr int kActivationOffset = 128;
+constexpr int kIndependent = 16;  // values that fit the registers, enough to hide an instruction's latency
 
 LOOKUPFFN_INLINE f32x16 zero_f32() { return {_mm512_setzero_ps()}; }
 LOOKUPFFN_INLINE f32x16 set1(float a) { return {_mm512_set1_ps(a)}; }
@@ -170,3 +171,8 @@ LOOKUPFFN_INLINE void load_transposed_8(const float* p, f32x16 r[8]) {
     r[4 + c].v = _mm512_permutex2var_ps(a[c], later, a[4 + c]);
   }
 }
+
+// For measuring: the value is used and may have changed.
+LOOKUPFFN_INLINE void keep(f32x16& x) { __asm__ volatile("" : "+v"(x.v)); }
+LOOKUPFFN_INLINE void keep(i32x16& x) { __asm__ volatile("" : "+v"(x.v)); }
+LOOKUPFFN_INLINE void keep(bytes64& x) { __asm__ volatile("" : "+v"(x.v)); }

@@ -14,6 +14,7 @@ struct mask16 { uint32x4_t a, b, c, d; };  // all bits of a lane, or none
 constexpr int kTileTokens = 4;  // 4 x 1 sums of four registers each, 4 of weights and 4 for products, of 32
 constexpr int kTilePanels = 1;
 constexpr int kActivationOffset = 0;  // dot4_u8i8 takes its 128 off first: NEON multiplies signed by signed
+constexpr int kIndependent = 4;  // values that fit the registers, enough to hide an instruction's latency
 
 LOOKUPFFN_INLINE f32x16 set1(float s) { const float32x4_t v = vdupq_n_f32(s); return {v, v, v, v}; }
 LOOKUPFFN_INLINE f32x16 zero_f32() { return set1(0.0f); }
@@ -234,3 +235,8 @@ LOOKUPFFN_INLINE void load_transposed_8(const float* p, f32x16 r[8]) {
 #undef LOOKUPFFN_1
 #undef LOOKUPFFN_2
 #undef LOOKUPFFN_3
+
+// For measuring: the value is used and may have changed.
+LOOKUPFFN_INLINE void keep(f32x16& x) { __asm__ volatile("" : "+w"(x.a), "+w"(x.b), "+w"(x.c), "+w"(x.d)); }
+LOOKUPFFN_INLINE void keep(i32x16& x) { __asm__ volatile("" : "+w"(x.a), "+w"(x.b), "+w"(x.c), "+w"(x.d)); }
+LOOKUPFFN_INLINE void keep(bytes64& x) { __asm__ volatile("" : "+w"(x.a), "+w"(x.b), "+w"(x.c), "+w"(x.d)); }

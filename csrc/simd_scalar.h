@@ -26,6 +26,7 @@ struct mask16 { Ints v; };  // -1 where true
 constexpr int kTileTokens = 2;  // tokens and panels of 16 outputs that are multiplied at once: their sums stay in registers
 constexpr int kTilePanels = 1;
 constexpr int kActivationOffset = 128;  // dot4_u8i8 takes activations as q + 128; this much of it is left in its result
+constexpr int kIndependent = 4;  // values that fit the registers, enough to hide an instruction's latency
 
 // From and to any address.
 template <typename V>
@@ -155,3 +156,8 @@ LOOKUPFFN_INLINE void load_transposed_8(const float* p, f32x16 r[8]) {  // r[j] 
     for (int j = 0; j < 8; j++) columns[j][i] = p[8 * i + j];
   for (int j = 0; j < 8; j++) r[j] = load(columns[j]);
 }
+
+// For measuring: the value is used and may have changed.
+LOOKUPFFN_INLINE void keep(f32x16& x) { __asm__ volatile("" : "+m"(x)); }
+LOOKUPFFN_INLINE void keep(i32x16& x) { __asm__ volatile("" : "+m"(x)); }
+LOOKUPFFN_INLINE void keep(bytes64& x) { __asm__ volatile("" : "+m"(x)); }

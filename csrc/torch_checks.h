@@ -59,6 +59,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   const int32_t dtype = type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                         : type == ScalarType::Double ? aoti_torch_dtype_float64()
                         : type == ScalarType::Int    ? aoti_torch_dtype_int32()
+                        : type == ScalarType::Long   ? aoti_torch_dtype_int64()
                                                      : aoti_torch_dtype_float32();
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));

@@ -70,22 +70,6 @@ Tensor stage_seconds(const Tensor& x, const Tensor& packed, int64_t tile_tokens,
   return out;
 }
 
-// Reads lines (int32, each checked) of 64 bytes of `memory`, `rounds` times; for measuring what a cache gives.
-int64_t read_lines(const Tensor& memory, const Tensor& lines, int64_t rounds) {
-  check_bytes(memory);
-  check(lines.is_cpu() && lines.dim() == 1 && lines.scalar_type() == ScalarType::Int && lines.is_contiguous(),
-        "lines must be a contiguous vector of int32");
-  const int32_t* p = static_cast<const int32_t*>(lines.const_data_ptr());
-  const int64_t count = lines.numel(), most = memory.numel() / 64;
-  bool inside = true;
-  for (int64_t i = 0; i < count; i++) inside = inside && p[i] >= 0 && p[i] < most;
-  check(inside, "a line lies outside memory");
-  int64_t all = 0;
-  for (int64_t i = 0; i < rounds; i++)
-    all ^= kernels().read_lines(static_cast<const uint8_t*>(memory.const_data_ptr()), reinterpret_cast<const uint32_t*>(p), count);
-  return all;
-}
-
 std::string check_packed(const Tensor& packed) {  // what is wrong with packed bytes, or nothing
   check_bytes(packed);
   Layer layer;
@@ -111,7 +95,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lookupffn, m) {
       "prepared(Tensor x, Tensor packed, int out_features, int tile_tokens, int groups_a_pass, int prefetch_rows, "
       "int serial_tokens, str isa='') -> Tensor");
   m.def("stage_seconds(Tensor x, Tensor packed, int tile_tokens, int groups_a_pass, int prefetch_rows) -> Tensor");
-  m.def("read_lines(Tensor memory, Tensor lines, int rounds) -> int");
   m.def("check_packed(Tensor packed) -> str");
   m.def("implementation(str isa) -> str");
   m.def("all_implementations() -> str");
@@ -120,7 +103,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lookupffn, m) {
 STABLE_TORCH_LIBRARY_IMPL(lookupffn, CPU, m) {
   m.impl("prepared", TORCH_BOX(&lookupffn::prepared));
   m.impl("stage_seconds", TORCH_BOX(&lookupffn::stage_seconds));
-  m.impl("read_lines", TORCH_BOX(&lookupffn::read_lines));
   m.impl("check_packed", TORCH_BOX(&lookupffn::check_packed));
 }
 

@@ -320,5 +320,5 @@ static void scatter_slice(const float* packed, float* sums, const float* grad, c
 }
 
 static const Kernels kKernels = {LOOKUPFFN_NAME,  project,      hash,         prefetch_rows, quantise_scores, gather,
-                                 read_lines,      hash_rows,    hash_rows_backward, pack_slice, pack_rows, unpack_slice,
-                                 transpose_words, gather_slice, gather_token, scatter_slice};
+                                 read_lines,      read_stream,  repeat,       hash_rows,    hash_rows_backward, pack_slice,
+                                 pack_rows,       unpack_slice, transpose_words, gather_slice, gather_token, scatter_slice};

@@ -1,4 +1,4 @@
-"""The command line: ``lookupffn flops | info | bench | pretrain | finetune | compare | demo``."""
+"""The command line: ``lookupffn flops | info | bench | advise | hardware | pretrain | finetune | compare | demo``."""
 
 import dataclasses
 import inspect
@@ -16,11 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from lookupffn import __version__, hardware, native
+from lookupffn.hardware import commands
 from lookupffn.recipe import FinetuneConfig, InputError, Optimisation, PretrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(commands.app, name="hardware")
+app.command()(commands.advise)
 
 
 @app.command()

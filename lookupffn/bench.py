@@ -8,7 +8,6 @@ hardest case for the caches, which a trained model is not. A dense FFN reads the
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
@@ -29,7 +28,7 @@ from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.packed import HUGE_PAGE, aligned_bytes
 from lookupffn.reference import next_power_of_two
 from lookupffn.rivals import DENSE_ENGINES, dense_chain, torch_runner
-from lookupffn.timing import Timing, time_interleaved
+from lookupffn.timing import Timing, keep_freed_memory, time_interleaved
 
 CHAIN = 12
 CHAINED_TOKENS = 8  # up to this many
@@ -76,16 +75,6 @@ def lookups_for(hidden_size: int, intermediate_size: int) -> list[Lookup]:
     kinds = [Lookup(tables, 1, "int8"), Lookup(tables, 1, "int8", compiled=True), Lookup(tables // 2, 1, "int8")]
     wide = [Lookup(tables, 1, "bfloat16"), Lookup(tables, 1, "bfloat16", projection_dtype="int8")]
     return [*kinds, Lookup(tables // 2, 2, "int8"), *wide, Lookup(tables, 1, "float32")]
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep freed memory, as a server's allocator does; else page faults of the results would be timed."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        pass  # another C library: its own rules
 
 
 def bench(

@@ -1,5 +1,6 @@
 """Timing of engines against each other: interleaved in one process, warmed, medians with their spread."""
 
+import ctypes
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,3 +46,13 @@ def time_interleaved(
             samples[name].append((time.perf_counter() - start) / repeats[name])
     quantiles = {name: np.quantile(values, (0.5, 0.1, 0.9)) for name, values in samples.items()}
     return {name: Timing(*map(float, quantiles[name]), runs=len(samples[name])) for name in calls}
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory, as a server's allocator does; else page faults of the results would be timed."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass  # another C library: its own rules

@@ -18,7 +18,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .words import microseconds
 
 INK, MUTED, RULE, PAPER, DENSE, LOOKUP = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+SERIES = [f"#0707{n:02d}" for n in range(7)]
 CSS = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", DENSE: "dense", LOOKUP: "lookup"}
+CSS |= {colour: f"s{n}" for n, colour in enumerate(SERIES, start=1)}
 
 # Colour is never the only difference: dense is hollow (and its line dashed), lookup filled (and solid).
 LINE = {
@@ -78,22 +80,22 @@ class _Drawing:
 
 
 @contextmanager
-def _drawing(name, description, width, height, margins):
+def drawing(name, description, width, height, margins):
     with matplotlib.rc_context(RC):
-        drawing = _Drawing(name, description, width, height, margins)
-        yield drawing
-        drawing.render()
+        made = _Drawing(name, description, width, height, margins)
+        yield made
+        made.render()
 
 
-def _spread_labels(drawing, labels):
+def spread_labels(on, labels):
     """Write `(y, text, colour)` right of the axes at those heights, pushed apart until no two overlap."""
-    low, high = drawing.axes.get_ylim()
-    line = 15 / drawing.height * (high - low)
-    above = float("-inf")
+    to_pixels, to_fraction = on.axes.transData, on.axes.transAxes.inverted()
+    x = on.axes.get_xlim()[1]
+    line, above = 15 / on.height, float("-inf")
     for y, text, colour in sorted(labels):
-        above = max(y, above + line)
-        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "xytext": (10, 0)}
-        drawing.axes.annotate(text, (1, above), color=colour, va="center", annotation_clip=False, **place)
+        above = max(to_fraction.transform(to_pixels.transform((x, y)))[1], above + line)
+        place = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": (10, 0), "va": "center"}
+        on.axes.annotate(text, (1, above), color=colour, annotation_clip=False, **place)
 
 
 def _count(value, _=None):
@@ -115,8 +117,8 @@ def curves(report, name, width):
     if not points:
         return None
     about = "Log perplexity of both models against tokens trained, with the unigram entropy"
-    with _drawing(name, about, width, min(380, width * 0.85), (46, 60, 12, 46)) as drawing:
-        axes = drawing.axes
+    with drawing(name, about, width, min(380, width * 0.85), (46, 60, 12, 46)) as on:
+        axes = on.axes
         for model, pairs in points.items():
             every = max(1, len(pairs) // 10)  # a marker on every point of a long curve would hide the line
             marked = {"markevery": ((len(pairs) - 1) % every, every), "clip_on": False, "zorder": 3}
@@ -135,8 +137,8 @@ def curves(report, name, width):
         axes.set_xlabel("tokens trained", labelpad=6)
         axes.set_ylabel("log perplexity (nats)", labelpad=6)
         ends = [(pairs[-1][1], model, LINE[model]["color"]) for model, pairs in points.items()]
-        _spread_labels(drawing, ends)
-    return drawing.svg
+        spread_labels(on, ends)
+    return on.svg
 
 
 def time_bars(timings, name):
@@ -145,8 +147,8 @@ def time_bars(timings, name):
     if not timings:
         return None
     largest = max(max(t["us_per_token"], t["us_per_token_high"] or 0) for t in timings.values())
-    with _drawing(name, "Microseconds per token, dense and lookup", 340, 132, (52, 14, 6, 42)) as drawing:
-        axes = drawing.axes
+    with drawing(name, "Microseconds per token, dense and lookup", 340, 132, (52, 14, 6, 42)) as on:
+        axes = on.axes
         for y, model in enumerate(("lookup", "dense")):
             if model not in timings:
                 axes.text(0, y, " not measured", color=MUTED, va="center")
@@ -165,7 +167,7 @@ def time_bars(timings, name):
         axes.grid(axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    return drawing.svg
+    return on.svg
 
 
 def _layers(axes, cells):
@@ -182,17 +184,17 @@ def cell_use(cells, name):
     lines = {"cells_used": ("used", LOOKUP, "-", "s"), "code_entropy": ("entropy", MUTED, (0, (1, 2)), "D")}
     about = "Share of cells used and code entropy, by layer"
     labels = []
-    with _drawing(name, about, 340, 220, (52, 62, 10, 42)) as drawing:
+    with drawing(name, about, 340, 220, (52, 62, 10, 42)) as on:
         for key, (label, colour, style, marker) in lines.items():
             pairs = [(c["layer"], 100 * c[key]) for c in cells if c[key] is not None]
             if pairs:
                 look = {"color": colour, "linestyle": style, "linewidth": 1.2, "clip_on": False}
-                drawing.axes.plot(*zip(*pairs, strict=True), marker=marker, zorder=3, **look)
+                on.axes.plot(*zip(*pairs, strict=True), marker=marker, zorder=3, **look)
                 labels.append((pairs[-1][1], label, colour))
-        drawing.axes.set(ylim=(0, 100), ylabel="percent")
-        _layers(drawing.axes, cells)
-        _spread_labels(drawing, labels)
-    return drawing.svg if labels else None
+        on.axes.set(ylim=(0, 100), ylabel="percent")
+        _layers(on.axes, cells)
+        spread_labels(on, labels)
+    return on.svg if labels else None
 
 
 def margins(cells, name):
@@ -202,8 +204,8 @@ def margins(cells, name):
     rows = [(layer, quantiles) for layer, quantiles in rows if None not in quantiles]
     if not rows:
         return None
-    with _drawing(name, "Quantiles of the margin |z|, by layer", 340, 220, (52, 14, 10, 42)) as drawing:
-        axes = drawing.axes
+    with drawing(name, "Quantiles of the margin |z|, by layer", 340, 220, (52, 14, 10, 42)) as on:
+        axes = on.axes
         for layer, (low, quarter, median, three_quarters, high) in rows:
             axes.plot([layer, layer], [low, high], color=LOOKUP, linewidth=1.2)
             axes.plot([layer, layer], [quarter, three_quarters], color=LOOKUP, linewidth=7, solid_capstyle="butt")
@@ -211,4 +213,4 @@ def margins(cells, name):
         axes.set_ylim(bottom=0)
         axes.set_ylabel("margin |z|")
         _layers(axes, cells)
-    return drawing.svg
+    return on.svg

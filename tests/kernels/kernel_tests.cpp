@@ -489,7 +489,9 @@ std::string test_dispatch(const Options&) {
         memcpy(part, memory.data() + 64 * lines[i], 64);
         for (int j = 0; j < 16; j++) lane[j] ^= part[j];
       }
-      EXPECT(k->read_lines(memory.data(), lines, n) == *std::max_element(lane, lane + 16), "%s reads other lines", k->name);
+      for (int64_t ahead : {0, 1, 3, 100})
+        EXPECT(k->read_lines(memory.data(), lines, n, ahead) == *std::max_element(lane, lane + 16), "%s reads other lines",
+               k->name);
     }
   return names + "; in use: " + kernels().name;
 }

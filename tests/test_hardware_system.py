@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from lookupffn import LookupConfig, LookupFFN, hardware, prepare
+from lookupffn import LookupConfig, LookupFFN, prepare
+from lookupffn.hardware import system
 
 
 def files(root, contents):
@@ -39,21 +40,21 @@ def version_1(root, groups, quotas):
 
 @pytest.mark.parametrize(("text", "cpus"), [("200000 100000\n", 2.0), ("150000 100000", 1.5), ("5000 10000\n", 0.5)])
 def test_version_2_of_a_container_that_sees_itself_as_the_root(text, cpus, tmp_path):
-    assert hardware.cgroup_quota(version_2(tmp_path, "/", {"": text})) == cpus
+    assert system.cgroup_quota(version_2(tmp_path, "/", {"": text})) == cpus
 
 
 @pytest.mark.parametrize("text", ["max 100000\n", "max", "", "0 100000", "-1 100000", "200000", "a b", "1 2 3"])
 def test_no_limit_and_unreadable_limits_are_none(text, tmp_path):
-    assert hardware.cgroup_quota(version_2(tmp_path, "/", {"": text})) is None
+    assert system.cgroup_quota(version_2(tmp_path, "/", {"": text})) is None
 
 
 def test_the_smallest_quota_of_the_group_and_those_above_counts(tmp_path):
     quotas = {"": "max 100000", "kube": "800000 100000", "kube/pod": "300000 100000", "kube/pod/box": "400000 100000",
               "kube/other": "100000 100000"}  # fmt: skip
-    assert hardware.cgroup_quota(version_2(tmp_path, "/kube/pod/box", quotas)) == 3.0
-    assert hardware.cgroup_quota(version_2(tmp_path, "/kube/other", {})) == 1.0
-    assert hardware.cgroup_quota(version_2(tmp_path, "/kube/unknown/deep", {})) == 8.0
-    assert hardware.cgroup_quota(version_2(tmp_path, "/", {})) is None
+    assert system.cgroup_quota(version_2(tmp_path, "/kube/pod/box", quotas)) == 3.0
+    assert system.cgroup_quota(version_2(tmp_path, "/kube/other", {})) == 1.0
+    assert system.cgroup_quota(version_2(tmp_path, "/kube/unknown/deep", {})) == 8.0
+    assert system.cgroup_quota(version_2(tmp_path, "/", {})) is None
 
 
 VERSION_1 = "12:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n3:cpuset:/docker/abc\n1:name=systemd:/docker/abc\n"
@@ -72,27 +73,27 @@ LIMITED, UNLIMITED = ("250000\n", "100000\n"), ("-1\n", "100000\n")
     ],
 )
 def test_version_1(groups, quotas, cpus, tmp_path):
-    assert hardware.cgroup_quota(version_1(tmp_path, groups, quotas)) == cpus
+    assert system.cgroup_quota(version_1(tmp_path, groups, quotas)) == cpus
 
 
 def test_both_versions_at_once(tmp_path):
     root = version_1(tmp_path, VERSION_1 + "0::/docker/abc\n", {"docker/abc": LIMITED})
-    assert hardware.cgroup_quota(root) == 2.5
-    assert hardware.cgroup_quota(files(root, {"sys/fs/cgroup/docker/abc/cpu.max": "200000 100000"})) == 2.0
+    assert system.cgroup_quota(root) == 2.5
+    assert system.cgroup_quota(files(root, {"sys/fs/cgroup/docker/abc/cpu.max": "200000 100000"})) == 2.0
 
 
 def test_systems_without_control_groups_have_no_quota(tmp_path):
-    assert hardware.cgroup_quota(tmp_path) is None
-    assert hardware.cgroup_quota(files(tmp_path, {"proc/self/cgroup": ""})) is None
-    assert hardware.cgroup_quota(files(tmp_path, {"proc/self/cgroup": "0::/\n"})) is None
+    assert system.cgroup_quota(tmp_path) is None
+    assert system.cgroup_quota(files(tmp_path, {"proc/self/cgroup": ""})) is None
+    assert system.cgroup_quota(files(tmp_path, {"proc/self/cgroup": "0::/\n"})) is None
 
 
 def test_a_group_of_another_namespace_is_no_error(tmp_path):
-    assert hardware.cgroup_quota(version_2(tmp_path, "/../../other", {"": "200000 100000"})) == 2.0
+    assert system.cgroup_quota(version_2(tmp_path, "/../../other", {"": "200000 100000"})) == 2.0
 
 
 def test_this_machines_own_quota_is_none_or_positive():
-    quota = hardware.cgroup_quota()
+    quota = system.cgroup_quota()
     assert quota is None or quota > 0
 
 
@@ -106,11 +107,11 @@ def threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: state["threads"])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: state.update(threads=n))
-    monkeypatch.setattr(hardware, "_default_threads", lambda: {8, 4})
+    monkeypatch.setattr(system, "_default_threads", lambda: {8, 4})
 
     def under(quota):
-        monkeypatch.setattr(hardware, "cgroup_quota", lambda: quota)
-        hardware.respect_quota()
+        monkeypatch.setattr(system, "cgroup_quota", lambda: quota)
+        system.respect_quota()
         return state["threads"]
 
     return under
@@ -142,7 +143,7 @@ def test_a_limit_once_set_stays(threads):
 
 def test_prepare_respects_the_quota(threads):
     assert threads(None) == 8
-    hardware.cgroup_quota = lambda: 2.0  # put back by the fixture's monkeypatch
+    system.cgroup_quota = lambda: 2.0  # put back by the fixture's monkeypatch
     prepare(LookupFFN(LookupConfig(16, 4, 3, 4, block_size=16)), tune=False)
     assert torch.get_num_threads() == 2
 
@@ -157,9 +158,9 @@ for threads in (7, None):
         continue
     if threads:
         torch.set_num_threads(threads)
-    from lookupffn import hardware
-    hardware.cgroup_quota = lambda: 1.0
-    hardware.respect_quota()
+    from lookupffn.hardware import system
+    system.cgroup_quota = lambda: 1.0
+    system.respect_quota()
     print(torch.get_num_threads(), flush=True)
     os._exit(0)
 """
@@ -172,7 +173,7 @@ for threads in (7, None):
 
 
 def test_the_machine_is_described_in_numbers_that_json_keeps():
-    machine = hardware.machine()
+    machine = system.machine()
     assert json.loads(json.dumps(machine)) == machine
     assert machine["cpu"]
     assert 1 <= machine["cores"] <= os.cpu_count()
@@ -181,9 +182,9 @@ def test_the_machine_is_described_in_numbers_that_json_keeps():
 
 
 def test_caches_are_those_that_linux_tells_of():
-    caches = hardware.caches()
+    caches = system.caches()
     for cache in caches:
-        assert set(cache) == {"level", "bytes", "shared_by"}
+        assert {"level", "bytes", "shared_by"} <= set(cache) <= {"level", "bytes", "shared_by", "ways", "line_bytes"}
         assert 1 <= cache["level"] <= 4
         assert cache["bytes"] >= 4096
         assert cache["shared_by"] >= 1
@@ -196,11 +197,12 @@ def test_caches_in_every_unit_with_their_sharers(monkeypatch, tmp_path):
     for i, values in enumerate(told):
         names = (f"index{i}/{name}" for name in ("type", "level", "size", "shared_cpu_map"))
         files(tmp_path, dict(zip(names, values, strict=True)))
+    files(tmp_path, {"index0/ways_of_associativity": "12\n", "index0/coherency_line_size": "64\n"})
     (tmp_path / "index9").mkdir()  # one that tells nothing
-    real = hardware.Path
-    monkeypatch.setattr(hardware, "Path", lambda p: tmp_path if str(p).endswith("cpu0/cache") else real(p))
-    assert hardware.caches() == [
-        {"level": 1, "bytes": 48 << 10, "shared_by": 2},
+    real = system.Path
+    monkeypatch.setattr(system, "Path", lambda p: tmp_path if str(p).endswith("cpu0/cache") else real(p))
+    assert system.caches() == [
+        {"level": 1, "bytes": 48 << 10, "shared_by": 2, "ways": 12, "line_bytes": 64},
         {"level": 2, "bytes": 2 << 20, "shared_by": 4},
         {"level": 3, "bytes": 1 << 30, "shared_by": 40},
     ]
@@ -213,5 +215,5 @@ def test_the_rule_for_huge_pages(text, rule, monkeypatch, tmp_path):
     path = tmp_path / "enabled"
     if text:
         path.write_text(text)
-    monkeypatch.setattr(hardware, "Path", lambda _: path)
-    assert hardware.huge_pages() == rule
+    monkeypatch.setattr(system, "Path", lambda _: path)
+    assert system.huge_pages() == rule

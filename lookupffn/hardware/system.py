@@ -1,5 +1,6 @@
 """What this machine is, for the head of every measurement."""
 
+import contextlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -110,7 +111,8 @@ def respect_quota() -> None:
 
 
 def caches() -> list[dict]:
-    """Data caches of the first CPU as Linux tells them: ``level``, ``bytes``, ``shared_by`` (logical CPUs)."""
+    """Data caches of the first CPU as Linux tells them: ``level``, ``bytes``, ``shared_by`` (logical CPUs), and where
+    it says so ``ways`` and ``line_bytes``."""
     found = []
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         try:
@@ -123,7 +125,11 @@ def caches() -> list[dict]:
         if kind != "Instruction":
             unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1:], 1)
             count = int(shared.replace(",", ""), 16).bit_count()
-            found.append({"level": int(level), "bytes": int(size.rstrip("KMG")) * unit, "shared_by": count})
+            cache = {"level": int(level), "bytes": int(size.rstrip("KMG")) * unit, "shared_by": count}
+            for key, name in (("ways", "ways_of_associativity"), ("line_bytes", "coherency_line_size")):
+                with contextlib.suppress(OSError, ValueError):
+                    cache[key] = int((folder / name).read_text(encoding="utf-8"))
+            found.append(cache)
     return found
 
 
