@@ -211,6 +211,8 @@ def record_of(quick):
     row = {"bytes": 2**14, "stream_ns": quick, "latency_ns": 2 * quick}
     return {
         "rates": {"fma": 1 / quick},
+        "clock_ghz": {"scalar": 1 / quick},
+        "spread": {"fma": 0.1},
         "matmul_gflops": {"1": {"float32": 1 / quick}},
         "engine": {"int8": {"hash": quick}},
         "training": {"hash": quick},
@@ -226,11 +228,13 @@ def test_the_best_of_some_probes_is_the_best_of_each_figure():
     records = [record_of(2.0), record_of(1.0), record_of(4.0)]
     records[1]["rates"]["fma"] = 0.1
     records[2]["memory"][0]["latency_ns"] = 1.5
+    records[0]["spread"]["fma"] = 0.3
     before = str(records)
     best = probing.best(records)
     expected = record_of(1.0)
     expected["rates"]["fma"] = 0.5
     expected["memory"][0]["latency_ns"] = 1.5
+    expected["spread"]["fma"] = 0.3
     assert best == expected
     assert str(records) == before
 

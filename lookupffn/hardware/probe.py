@@ -1,6 +1,6 @@
 """What this machine gives: instructions, caches, memory, each measured alone, in under a minute.
 
-Every figure is the best of ``ROUNDS`` rounds, and its ``spread`` says how far a usual round was from it: other tenants
+Every figure is the best of some rounds, and its ``spread`` says how far a usual round was from the best: other tenants
 and a changing clock only ever make a round slower. The instructions are those of the engine's own kernels, so a rate
 holds for the implementation that is in use; they run from registers or from 4 KiB of memory.
 """
@@ -35,33 +35,38 @@ INSTRUCTIONS = (
     *("load", "store", "prefetch", "word", "scalar", "issue", "cycle", "wide_cycle"),
 )
 DTYPES = ("int8", "bfloat16", "float32")
-ROUNDS = 7
+PASSES = 2  # half a minute apart: other tenants slow a core down for seconds
+ROUNDS = 4
 ROUND_SECONDS = 0.01
-MEMORY_ROUNDS, MEMORY_SECONDS = 5, 0.005  # there are many sizes
+MEMORY_ROUNDS, MEMORY_SECONDS = 3, 0.005  # there are many sizes
 AHEAD = 128  # lines that are asked for before they are read
 MATMUL_SIZE = 1024
 BLOCKS = (8, 512, 64)  # of a projection in training, tokens, edge of a block
 CALLS = 10  # of the engine in a round
 MOST_DRAWS = 2**20
-SLOW_SECONDS = 0.2  # a product that takes longer is not worth seven rounds
+SLOW_SECONDS = 0.2  # a product that takes longer is not worth several rounds
 
 
 def probe(progress: Callable[[str], object] = lambda what: None) -> dict:
-    """Measures this machine; ``progress`` is told what comes next.
+    """Measures this machine ``PASSES`` times and keeps the best of each figure; ``progress`` is told what comes next.
 
     Returns a record for JSON: ``rates`` (operations a nanosecond on one core), ``clock_ghz`` (scalar, and beside wide
     vectors), ``memory`` (a list by size, see :func:`probe_memory`, on one thread) and ``memory_all`` (each thread in
     its own memory, on all), ``pages`` (what small pages cost), ``engine`` (nanoseconds a token of each stage of
     ``REFERENCE``, by dtype), ``training`` (of a training step), ``call_ns`` and ``parallel_ns`` (of a call and of a
-    parallel region that do nothing),
-    ``matmul_gflops`` (PyTorch's, by dtype, on one thread and on all), ``caches``, ``threads``, ``quota``, ``spread``
-    (best over usual round, less 1, for each), ``not_measured`` (what and why), ``machine``.
+    parallel region that do nothing), ``matmul_gflops`` (PyTorch's, by dtype, on one thread and on all), ``caches``,
+    ``threads``, ``quota``, ``spread`` (best over usual round, less 1, for each), ``not_measured`` (what and why),
+    ``machine``.
 
     Raises:
         RuntimeError: the compiled kernels are absent, whose instructions are to be measured.
     """
     if reason := native.load():
         raise RuntimeError(f"the probe measures the compiled kernels' own instructions, and there are none: {reason}")
+    return best([_once(progress) for _ in range(PASSES)])
+
+
+def _once(progress: Callable[[str], object]) -> dict:
     threads = torch.get_num_threads()
     record = {
         "machine": system.machine(),
@@ -99,7 +104,7 @@ def probe(progress: Callable[[str], object] = lambda what: None) -> dict:
 
 
 def best(records: Sequence[dict]) -> dict:
-    """The last of some records of one machine with the best figures of all, one by one."""
+    """The last of some records of one machine with the best figures of all, one by one, and the largest spread."""
     merged = copy.deepcopy(records[-1])
 
     def most(*path: str) -> None:
@@ -107,7 +112,8 @@ def best(records: Sequence[dict]) -> dict:
         target = functools.reduce(operator.getitem, path, merged)
         target.update({name: max(place[name] for place in places) for name in target})
 
-    most("rates")
+    for name in ("rates", "clock_ghz", "spread"):
+        most(name)
     for threads in merged["matmul_gflops"]:
         most("matmul_gflops", threads)
     for name in ("call_ns", "parallel_ns"):
