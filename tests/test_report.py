@@ -5,10 +5,13 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from lookupffn.report import verdict, write_report
+from lookupffn.report.plots import spread_labels
 
 
 def _timings(microseconds):
@@ -412,3 +415,11 @@ def test_a_missing_library_is_named(report, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"pip install lookupffn\[train\]"):
         write_report(report, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_labels_beside_axes_are_apart_and_none_is_above_them():
+    axes = Figure().subplots()
+    axes.set_ylim(0, 100)
+    spread_labels(SimpleNamespace(axes=axes, height=150), [(100, "used", "k"), (96, "entropy", "k"), (20, "low", "k")])
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert heights == pytest.approx({"used": 1.0, "entropy": 0.9, "low": 0.2})

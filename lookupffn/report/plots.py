@@ -88,14 +88,17 @@ def drawing(name, description, width, height, margins):
 
 
 def spread_labels(on, labels):
-    """Write `(y, text, colour)` right of the axes at those heights, pushed apart until no two overlap."""
+    """Write `(y, text, colour)` right of the axes at those heights, pushed apart where they overlap, none above."""
     to_pixels, to_fraction = on.axes.transData, on.axes.transAxes.inverted()
-    x = on.axes.get_xlim()[1]
-    line, above = 15 / on.height, float("-inf")
-    for y, text, colour in sorted(labels):
-        above = max(to_fraction.transform(to_pixels.transform((x, y)))[1], above + line)
+    x, line, labels = on.axes.get_xlim()[1], 15 / on.height, sorted(labels)
+    heights = [to_fraction.transform(to_pixels.transform((x, y)))[1] for y, _, _ in labels]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + line)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], 1 - (len(heights) - 1 - i) * line)
+    for height, (_, text, colour) in zip(heights, labels, strict=True):
         place = {"xycoords": "axes fraction", "textcoords": "offset points", "xytext": (10, 0), "va": "center"}
-        on.axes.annotate(text, (1, above), color=colour, annotation_clip=False, **place)
+        on.axes.annotate(text, (1, height), color=colour, annotation_clip=False, **place)
 
 
 def _count(value, _=None):
