@@ -140,6 +140,14 @@ def test_lines_are_those_that_are_read(counted):
     assert lines["weights"]["loads"] * LINE == case.weight_bytes * times
 
 
+def test_weights_are_read_again_after_the_gathers_of_all_layers():
+    """By hand: 64 KiB of weights for two tiles of 12 tokens, whose 768 rows of 256 bytes come between two calls."""
+    case = Case(LookupConfig(256, 256, num_tables=32, block_size=64), "int8", 24, layers=3)
+    first, others = next(loop for loop in loops(case)["project"] if loop.name == "products").traffic
+    assert (first.lines, first.bytes) == (pytest.approx(1024 / 24), 3 * (65536 + 768 * 256))
+    assert (others.lines, others.bytes) == (pytest.approx(1024 / 24), 65536)
+
+
 FEW = [Case(SMALL, tokens=1), Case(SMALL, tokens=24), Case(LARGE, tokens=24)]
 
 
