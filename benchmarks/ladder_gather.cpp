@@ -324,7 +324,7 @@ std::vector<Rung> gather_rungs(const Shape& shape, const Isa& isa) {
   add("early", "shipped", "all rows of the batch asked for at once, into L2, before the first is read", Format::kInterleaved,
       fitting, [&k](const GatherWork& w) {
         for (int64_t token = 0; token < w.tokens; token++)
-          k.prefetch_rows(w.layer, 0, w.layer.groups, w.codes + token * w.layer.slots);
+          k.prefetch_rows(w.layer, 0, w.layer.slices, 0, w.layer.groups, w.codes + token * w.layer.slots);
         shipped(k, w, 0, w.layer.slices, 0, w.tokens, 0);
       }, true);
   add("threads-tokens", "shipped", "threads share out tokens", Format::kInterleaved, fitting,

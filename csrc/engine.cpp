@@ -17,7 +17,8 @@ namespace {
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 constexpr int64_t kChunk = 2048;         // tokens whose codes and scores wait in memory at once
-constexpr size_t kEarlyBytes = 1 << 19;  // of rows that may be asked for before the first is read
+constexpr size_t kEarlyBytes = 1 << 19;  // of several tokens' rows, up to which they are asked for outside of the gather
+constexpr size_t kAskedBytes = 1 << 16;  // of rows that are asked for at once: more came later than in turns
 
 // Round to nearest and flush denormals inside; the caller's control and status flags are put back as they were found.
 class FloatState {
@@ -99,16 +100,16 @@ struct Reads {
 };
 
 // Groups [first, last) of a tile's tokens, the first of which is `token` of its chunk: codes and scores from z, and with
-// the last group all scores quantised. `early` asks for the rows at once.
+// the last group all scores quantised. Of their rows, `early` slices are asked for at once.
 void hash_tile(const Kernels& k, const Layer& l, int first, int last, const float* z, int64_t token, int tokens,
-               bool early, float* scratch, const Reads& reads) {
+               int early, float* scratch, const Reads& reads) {
   const bool quantised = l.h.table_type == TableType::kInt8;
   for (int t = 0; t < tokens; t++) {
     const size_t slot = size_t(token + t) * l.slots;
     uint16_t* const codes = reads.codes + slot;
     float* const scores = quantised ? scratch + size_t(t) * l.slots : static_cast<float*>(reads.scores) + slot;
     k.hash(l, first, last, z + size_t(t) * l.z_stride, codes, scores);
-    if (early) k.prefetch_rows(l, first, last, codes);
+    if (early) k.prefetch_rows(l, 0, early, first, last, codes);
     if (quantised && last == l.groups)
       reads.steps[token + t] = k.quantise_scores(l, scores, codes, static_cast<uint8_t*>(reads.scores) + slot);
   }
@@ -124,9 +125,11 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
   const int pass = std::max(1, std::min(tiling.groups_a_pass, l.groups));
   const int rows_a_pass = pass * l.h.reads * kLanes;
   const bool serial = stages || threads.count <= 1 || tokens <= tiling.serial_tokens;
-  // Few tokens read rows that lie in memory: rows are asked for as soon as their codes are known, those of one repeat of
-  // the projection while the next is computed.
-  const bool early = serial && size_t(tokens) * l.slots * l.slices * l.slice_bytes <= kEarlyBytes;
+  // Few tokens read rows that lie in memory. So many slices of a row are asked for as soon as its code is known, after one
+  // repeat of the projection while the next is computed; the others so many slices before they are read.
+  const size_t slice_rows = size_t(tokens) * l.slots * l.slice_bytes;
+  const bool few = serial && (tokens == 1 || slice_rows * l.slices <= kEarlyBytes);
+  const int early = few ? int(std::min<size_t>(l.slices, std::max<size_t>(1, kAskedBytes / slice_rows))) : 0;
   const int64_t wanted = (std::max(tiling.prefetch_rows, 0) + rows_a_pass - 1) / rows_a_pass;  // tokens
   const int ahead = int(std::min(wanted, tokens - 1));
   const auto run = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
@@ -164,7 +167,7 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
       });
       run(1, [&](int64_t, int64_t) {
         TileScratch s(tile_arena, l, tile);
-        hash_tile(k, l, 0, l.groups, shared_z, 0, int(count), false, s.scores, reads);
+        hash_tile(k, l, 0, l.groups, shared_z, 0, int(count), 0, s.scores, reads);
       });
     } else {
       run(count, [&](int64_t first, int64_t last) {
@@ -198,6 +201,9 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
       float* const sums = one_pass ? nullptr : sums_arena.take<float>(part * l.h.slice);
       for (int64_t unit = first; unit < last; unit++) {
         const int64_t begin = unit % parts * part, end = std::min(count, begin + part);
+        if (const int next = int(unit) + early; early && next < l.slices)  // few tokens are one part
+          for (int64_t token = begin; token < end; token++)
+            k.prefetch_rows(l, next, next + 1, 0, l.groups, reads.codes + token * l.slots);
         for (int g = 0; g < l.groups && begin < end; g += pass)
           k.gather(l, int(unit / parts), g, std::min(g + pass, l.groups), begin, end, reads.codes, reads.scores,
                    reads.steps, sums, y, start, ahead);

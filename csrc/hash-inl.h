@@ -106,9 +106,9 @@ static void hash(const Layer& l, int first, int last, const float* z, uint16_t* 
   }
 }
 
-static void prefetch_rows(const Layer& l, int first, int last, const uint16_t* codes) {
+static void prefetch_rows(const Layer& l, int first_slice, int last_slice, int first, int last, const uint16_t* codes) {
   const size_t table_bytes = (size_t)l.h.table_rows * l.slice_bytes, slice_bytes = l.h.num_tables * table_bytes;
-  for (int slice = 0; slice < l.slices; slice++) {
+  for (int slice = first_slice; slice < last_slice; slice++) {
     const uint16_t* code = codes + (size_t)first * l.h.reads * 16;
     for (int g = first; g < last; g++) {
       const uint8_t* tables = l.tables + slice * slice_bytes + (size_t)g * 16 * table_bytes;

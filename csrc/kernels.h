@@ -42,8 +42,8 @@ struct Kernels {
   // Padding scores 0.
   void (*hash)(const Layer&, int first, int last, const float* z, uint16_t* codes, float* scores);
 
-  // Asks for the rows of one token's codes, groups [first, last), all slices.
-  void (*prefetch_rows)(const Layer&, int first, int last, const uint16_t* codes);
+  // Asks for slices [first_slice, last_slice) of the rows of one token's codes, groups [first, last).
+  void (*prefetch_rows)(const Layer&, int first_slice, int last_slice, int first, int last, const uint16_t* codes);
 
   // One token, int8 tables: scores times the tables' scales to integers of 0 to 127, a sign to the code; the step.
   float (*quantise_scores)(const Layer&, float* scores, uint16_t* codes, uint8_t* quantised);
