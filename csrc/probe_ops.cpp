@@ -26,14 +26,13 @@ const uint32_t* check_places(const Tensor& places, int64_t limit, const char* wh
 
 const uint8_t* bytes_of(const Tensor& memory) { return static_cast<const uint8_t*>(memory.const_data_ptr()); }
 
-// body(part of `memory`) on as many threads as there are parts, each its own.
+// body(byte at which a part of memory begins) on as many threads as there are parts, each its own; the sum of what it returns.
 template <typename Body>
-int64_t on_parts(const Tensor& memory, int64_t parts, const Body& body) {
+int64_t on_parts(int64_t bytes, int64_t parts, const Body& body) {
   check(parts >= 1 && parts <= 4096, "parts must be 1 to 4096, not " + std::to_string(parts));
-  const int64_t bytes = memory.numel() / parts;
   std::atomic<int64_t> all{0};
   const auto run = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) all ^= body(bytes_of(memory) + i * bytes);
+    for (int64_t i = first; i < last; i++) all += body(i * (bytes / parts));
   };
   if (parts == 1)
     run(0, 1);
@@ -47,9 +46,9 @@ int64_t on_parts(const Tensor& memory, int64_t parts, const Body& body) {
 int64_t read_lines(const Tensor& memory, const Tensor& lines, int64_t rounds, int64_t parts, int64_t ahead) {
   check_memory(memory, 0);
   const uint32_t* places = check_places(lines, memory.numel() / std::max<int64_t>(parts, 1) / 64, "lines");
-  return on_parts(memory, parts, [&](const uint8_t* part) {
+  return on_parts(memory.numel(), parts, [&](int64_t part) {
     int64_t all = 0;
-    for (int64_t i = 0; i < rounds; i++) all ^= kernels().read_lines(part, places, lines.numel(), ahead);
+    for (int64_t i = 0; i < rounds; i++) all ^= kernels().read_lines(bytes_of(memory) + part, places, lines.numel(), ahead);
     return all;
   });
 }
@@ -57,9 +56,10 @@ int64_t read_lines(const Tensor& memory, const Tensor& lines, int64_t rounds, in
 // Reads all of `memory` as it lies, `rounds` times, as read_lines does.
 int64_t read_stream(const Tensor& memory, int64_t rounds, int64_t parts) {
   check_memory(memory, 256 * parts);
-  return on_parts(memory, parts, [&](const uint8_t* part) {
+  return on_parts(memory.numel(), parts, [&](int64_t part) {
     int64_t all = 0;
-    for (int64_t i = 0; i < rounds; i++) all ^= kernels().read_stream(part, memory.numel() / parts / 256 * 4);
+    const int64_t lines = memory.numel() / parts / 256 * 4;
+    for (int64_t i = 0; i < rounds; i++) all ^= kernels().read_stream(bytes_of(memory) + part, lines);
     return all;
   });
 }
@@ -82,10 +82,14 @@ int64_t chase(const Tensor& memory, int64_t start, int64_t steps) {
   return int64_t(place);
 }
 
-int64_t repeat(int64_t instruction, int64_t rounds, const Tensor& memory) {
+// Runs an instruction `rounds` times or so on each of `parts` threads, each with its part of `memory`: how many in all.
+int64_t repeat(int64_t instruction, int64_t rounds, const Tensor& memory, int64_t parts) {
   check(instruction >= 0 && instruction < kInstructions, "no instruction has the number " + std::to_string(instruction));
-  check_memory(memory, 4096);
-  return kernels().repeat(Instruction(instruction), rounds, static_cast<uint8_t*>(memory.mutable_data_ptr()));
+  check_memory(memory, 4096 * parts);
+  uint8_t* const bytes = static_cast<uint8_t*>(memory.mutable_data_ptr());
+  return on_parts(memory.numel(), parts, [&](int64_t part) {
+    return kernels().repeat(Instruction(instruction), rounds, bytes + part);
+  });
 }
 
 }  // namespace
@@ -95,7 +99,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lookupffn, m) {
   m.def("read_lines(Tensor memory, Tensor lines, int rounds, int parts=1, int ahead=0) -> int");
   m.def("read_stream(Tensor memory, int rounds, int parts=1) -> int");
   m.def("chase(Tensor memory, int start, int steps) -> int");
-  m.def("repeat(int instruction, int rounds, Tensor(a!) memory) -> int");
+  m.def("repeat(int instruction, int rounds, Tensor(a!) memory, int parts=1) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lookupffn, CPU, m) {

@@ -1,11 +1,16 @@
 """Timing of engines against each other: interleaved in one process, warmed, medians with their spread."""
 
+import contextlib
 import ctypes
+import math
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+WAKE_SECONDS = 0.0005  # in which a core that had slept comes up to speed
 
 
 @dataclass(frozen=True)
@@ -56,3 +61,31 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError):
         pass  # another C library: its own rules
+
+
+def some_cores(most: int) -> list[int | None]:
+    """Up to ``most`` of the cores that this process may use; ``[None]`` where a thread cannot choose.
+
+    Measuring on one after the other finds one that no other tenant slows down for the moment.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return [None]
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[:: math.ceil(len(cores) / most)]
+
+
+@contextlib.contextmanager
+def on_core(core: int | None) -> Iterator[None]:
+    """The calling thread on that core, once it is awake."""
+    if core is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        awake = time.perf_counter() + WAKE_SECONDS
+        while time.perf_counter() < awake:
+            pass
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

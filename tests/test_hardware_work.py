@@ -14,12 +14,12 @@ import torch
 
 from lookupffn import LookupConfig, LookupFFN
 from lookupffn.hardware.training_work import Step, training_loops
-from lookupffn.hardware.work import LINE, PROJECTION_DTYPES, Case, _register_tiles, loops
+from lookupffn.hardware.work import LINE, PROJECTION_DTYPES, Case, _register_tiles, first_reads, loops
 from lookupffn.packed import pack, read_header
 from lookupffn.tiling import Tiling
 
 ROOT = Path(__file__).parents[1]
-NOT_COUNTED = ("word", "scalar", "clear")  # kinds of which the shim knows nothing
+NOT_COUNTED = ("word", "put", "scalar", "clear")  # kinds of which the shim knows nothing
 
 LARGE = LookupConfig(512, 512, num_tables=128)
 SMALL = LookupConfig(256, 256, num_tables=64, reads=3)
@@ -39,6 +39,7 @@ CASES = [
         for dtype in PROJECTION_DTYPES
         for tiling in (Tiling(prefetch_rows=0), Tiling(groups_a_pass=1))
     ),
+    Case(dataclasses.replace(LARGE, reads=3), "float32", 1),  # asks for one slice after the other
     *(Case(SMALL, "int8", 110, tiling=Tiling(tile_tokens=tile)) for tile in (1, 7, 16, 1000)),
     *(Case(SMALL, "float32", 12, projection_dtype=kind) for kind in ("int8", "int16")),
     *(Case(LookupConfig(100, 500, 24, 6, "dense"), dtype, 12) for dtype in PROJECTION_DTYPES),  # 112 numbers: 64, 3 16s
@@ -122,7 +123,10 @@ def test_lines_are_those_that_are_read(counted):
     c, lines = case.config, counts["lines"]
     slices = -(-c.out_features // header["slice"])
     row_lines = header["section_bytes"]["tables"] // (slices * c.num_tables * header["table_rows"]) // LINE
-    first, again = loops(case)["gather"][0].traffic[:2]
+    first = first_reads(case)
+    again = next(t for t in loops(case)["gather"][0].traffic if t.drawn)
+    asked = [t for loop in loops(case)["hash"] if loop.asks for t in loop.traffic]
+    assert (asked, first in loops(case)["gather"][0].traffic) == (([first], False) if case.early else ([], True))
     assert first.run == again.run == row_lines
     read = (first.lines + again.lines) * case.tokens
     assert read == pytest.approx(case.tokens * c.num_tables * c.reads * row_lines * slices)
@@ -155,8 +159,10 @@ FEW = [Case(SMALL, tokens=1), Case(SMALL, tokens=24), Case(LARGE, tokens=24)]
 def test_different_lines_of_rows_are_as_many_as_with_uniform_codes(counted):
     """The formula takes codes for uniform and independent; those of random layers and inputs nearly are."""
     case, _, counts = counted
-    first = loops(case)["gather"][0].traffic[0]
+    first = first_reads(case)
     assert counts["lines"]["rows"]["different"] == pytest.approx(first.lines * case.tokens, rel=0.03)
+    of_tables = case.config.num_tables * case.config.num_rows * case.row_bytes
+    assert first.share * of_tables == pytest.approx(first.lines * case.tokens * LINE)
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def advise(
     options = []
     for config, dtype in found:
         calls = (tuned(Case(config, dtype, n, threads, layers), machine) for n in tokens)
-        ns = {case.tokens: predict(case, machine).ns for case in calls}
+        ns = {case.tokens: predict(case, machine).ns + machine.module_ns / case.tokens for case in calls}
         options.append(Option(config, dtype, layers * _bytes(Case(config, dtype)), _macs(config), ns))
     options.sort(key=lambda option: -capacity(option.config))
     equals = [option for option in options if capacity(option.config) >= ABOUT * capacity(options[0].config)]

@@ -111,7 +111,7 @@ def validate(
     cases: Annotated[int, typer.Option(help="layers and calls drawn at random")] = 24,
     steps: Annotated[int, typer.Option(help="training steps drawn at random")] = 4,
     seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
-    passes: Annotated[int, typer.Option(help="measurements of everything in turn; the least of each counts")] = 12,
+    passes: Annotated[int, typer.Option(help="measurements of everything in turn; the median of each counts")] = 12,
     seconds: Annotated[float, typer.Option(help="time for each measurement")] = 0.2,
     json_file: Annotated[str, typer.Option("--json", help="file of the lines")] = "runs/hardware/validate.jsonl",
 ):
@@ -126,7 +126,7 @@ def validate(
     with console.status("validating") as status:
 
         def probed():
-            return _probed(lambda what: status.update(f"probing: {what}"))
+            return _probed(lambda what: status.update(f"probing: {what}"), passes=1)
 
         records = run.validate(*drawn, probed, passes, seconds, status.update)
     summaries = run.summaries(records)
@@ -360,11 +360,11 @@ def _machine(name: str, console: Console) -> Machine:
         raise _refused(f"{name} is no record of `lookupffn hardware probe`: {error!r}") from None
 
 
-def _probed(progress) -> dict:
+def _probed(progress, **options) -> dict:
     from lookupffn.hardware.probe import probe
 
     try:
-        return probe(progress)
+        return probe(progress, **options)
     except RuntimeError as error:
         raise _refused(str(error)) from None
 

@@ -28,8 +28,9 @@ def descriptions() -> dict[str, dict]:
 def describe(description: dict) -> Machine:
     """The machine that published figures describe (``cpus/*.yaml``); nothing of it was measured here.
 
-    Rates are ports times clock, for instructions of ``vector_bytes``. Of a working set as much comes from each
-    cache as fits into it and not into those before; a line from there takes
+    Rates are ports times clock, for instructions of ``vector_bytes``. A working set that is read round after round
+    comes from the first cache that holds all of it; where places are drawn, as much of it comes from each cache as fits
+    into it and not into those before. A line from there takes
     ``max(64 bytes / bandwidth, latency / lines in flight)`` at random places and ``64 bytes / bandwidth`` in order.
     """
     d, clock, width = description, description["clock_ghz"], description["vector_bytes"]
@@ -38,6 +39,7 @@ def describe(description: dict) -> Machine:
     rates = {name: port[name] for name in ("add", "multiply", "vector", "shuffle", "load", "store", "dot_int8")}
     rates |= {
         "clear": port["store"],
+        "put": port["store"],
         "fma": port["multiply"],
         "convert": port["add"],
         "divide": port["multiply"] * DIVIDE_RATE,
@@ -62,7 +64,7 @@ def describe(description: dict) -> Machine:
 
 
 def _described_memory(d: dict, threads: int) -> dict[str, list[tuple[float, float]]]:
-    """``(bytes of each thread, ns a line of all threads)`` by pattern; longer runs gain nothing on single lines."""
+    """``(bytes of each thread, ns a line of all threads)`` by pattern; longer runs and asking early gain nothing."""
     levels = []  # (bytes that a thread has of it, (ns a line in order, at random places))
     for cache in d["caches"]:
         sharing = min(threads, cache["shared_by"])
@@ -78,9 +80,11 @@ def _described_memory(d: dict, threads: int) -> dict[str, list[tuple[float, floa
             share = min(1.0, capacity / size)
             shares.append(max(0.0, share - inside))
             inside = max(inside, share)
+        holds = next(number for number, (capacity, _) in enumerate(levels) if size <= capacity)
         for pattern, curve in curves.items():
-            times = (stream if pattern == "stream" else line for _, (stream, line) in levels)
-            curve.append((size, sum(share * ns for share, ns in zip(shares, times, strict=True))))
+            times = [stream if pattern == "stream" else line for _, (stream, line) in levels]
+            drawn = sum(share * ns for share, ns in zip(shares, times, strict=True))
+            curve.append((size, drawn if pattern.startswith("draws") else times[holds]))
     return curves
 
 

@@ -28,11 +28,13 @@ RESOURCES = {
     "shuffle": ("rows", "shuffle"),
     "divide": ("divide",),
     "load": ("load", "word", "prefetch"),
-    "store": ("store", "clear"),
+    "store": ("store", "clear", "put"),
 }
 VECTOR = ("multiply", "fma", "dot_int8", "dot_int16", "add", "convert", "vector", "shuffle", "divide")
 EXP_OPERATIONS = 16
 NEAR_BYTES = 2**14  # lie in any L1
+ROUNDS = 8  # over a share, after which next to no line has not come again
+LEAST_SHARE = 1e-3  # of a smaller one the lines come again as from this one
 TRANSPOSE_SHUFFLES = 64
 VECTOR_BYTES = {"amx": 64, "avx512_vnni": 64, "avx512": 64, "avx2_vnni": 32, "avx2": 32}
 VECTOR_BYTES |= {"neon_dot": 16, "neon": 16, "scalar": 16}
@@ -43,9 +45,10 @@ class Machine:
     """What a model needs to know: operations a nanosecond and core, and nanoseconds a line by pattern and bytes.
 
     ``memory`` and ``memory_all`` hold ``(bytes, ns a line)`` by pattern (``work.PATTERNS``); the second with all
-    ``threads`` at work, a line of all of them together. ``rows_operations`` vector
-    instructions interleave and multiply four rows of 64 bytes; a core that ``gathers`` has an instruction that finds a
-    row by its code and adds it, without the scalar operations of an address.
+    ``threads`` at work, a line of all of them together; ``rates_all`` are the rates of a core then, where they differ.
+    ``rows_operations`` vector instructions interleave and multiply four rows of 64 bytes; a core that ``gathers`` has
+    an instruction that finds a row by its code and adds it, without the scalar operations of an address. ``calls`` has
+    ``(bytes, ns)``: what a call that does nothing takes after so many bytes were read since the last one.
     """
 
     name: str
@@ -56,63 +59,96 @@ class Machine:
     memory_all: dict[str, list[tuple[float, float]]]
     rows_operations: int = 12
     gathers: bool = False
+    rates_all: dict[str, float] = dataclasses.field(default_factory=dict)
     slack: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    call_ns: float = 0.0
+    together: dict[str, float] = dataclasses.field(default_factory=dict)
+    calls: list[tuple[float, float]] = dataclasses.field(default_factory=lambda: [(0.0, 0.0)])
+    module_ns: float = 0.0
     parallel_ns: float = 0.0
 
     @classmethod
     def from_probe(cls, record: dict) -> Machine:
         """The machine that a probe has measured."""
-        rates, width = dict(record["rates"]), VECTOR_BYTES[record["implementation"]]
-        rates["shuffle"] = rates.pop("transpose") * TRANSPOSE_SHUFFLES
-        rates["clear"] = rates["store"]
-        one = record["matmul_gflops"]["1"]
-        products = {"product": "float32", "block_product": "float32 blocks"}
-        products |= {"product_bfloat16": "bfloat16", "product_int8": "int8"}
-        rates |= {rate: one[name] / 2 for rate, name in products.items() if name in one}  # multiply-adds
-        rates["issue"] *= (4 + 4 * LINE // width) / 8  # it had four scalar operations and four of 64 bytes
+        threads, width = record["threads"], VECTOR_BYTES[record["implementation"]]
+        rates = _rates(record["rates"], record["matmul_gflops"]["1"], 1, width)
+        rates_all = _rates(record.get("rates_all"), record["matmul_gflops"][str(threads)], threads, width)
 
         def curves(rows):
             return {pattern: [(row["bytes"], row[f"{pattern}_ns"]) for row in rows] for pattern in PATTERNS}
 
         memory = curves(record["memory"])
         everyone = curves(record["memory_all"]) if record.get("memory_all") else memory
-        bare = cls(record["machine"]["cpu"], record["threads"], width, rates, memory, everyone)
-        slack = {}
+        bare = cls(record["machine"]["cpu"], threads, width, rates, memory, everyone, rates_all=rates_all)
+        slack, case = {}, Case(REFERENCE, tokens=REFERENCE_TOKENS)
         for dtype, measured in record["engine"].items():
-            stages = predict(Case(REFERENCE, dtype, REFERENCE_TOKENS), bare).stages
+            stages = predict(dataclasses.replace(case, dtype=dtype), bare).stages
             slack[dtype] = {stage: _slack(measured[stage], found) for stage, found in stages.items()}
         measured = record["training"]
         slack["training"] = {
             stage: _slack(measured[stage], [bound(loop, bare) for loop in of_stage])
             for stage, of_stage in training_loops(REFERENCE_STEP).items()
         }
-        slack["training"] |= {stage: measured[stage] / ns for stage, ns in _products_ns(REFERENCE_STEP, bare).items()}
-        return dataclasses.replace(bare, slack=slack, call_ns=record["call_ns"], parallel_ns=record["parallel_ns"])
+        slack["training"] |= {
+            stage: max(1.0, measured[stage] / ns) for stage, ns in _products_ns(REFERENCE_STEP, bare).items()
+        }
+        calls = [(row["bytes"], row["ns"]) for row in record["calls"]]
+        overheads = {name: record[name] for name in ("module_ns", "parallel_ns")}
+        alone = dataclasses.replace(bare, slack=slack, calls=calls, **overheads)
+        together = {}
+        for dtype, measured in record["engine"].items():
+            if "all" in measured:
+                found = predict(dataclasses.replace(case, dtype=dtype, threads=threads), alone)
+                bounds = [b for of_stage in found.stages.values() for b in of_stage]
+                together[dtype] = _slack(measured["all"] - found.overhead_ns, bounds)
+        return dataclasses.replace(alone, together=together)
 
-    def operations_ns(self, operations: Counter) -> dict[str, float]:
-        """Nanoseconds that each resource of a core is busy with these operations."""
+    def operations_ns(self, operations: Counter, threads: int = 1) -> dict[str, float]:
+        """Nanoseconds that each resource of a core is busy with these operations, ``threads`` cores being at work."""
+        rates = self.rates_all if threads > 1 and self.rates_all else self.rates
         if self.gathers and operations["rows"]:
             operations = Counter(
                 {n: count for n, count in operations.items() if n not in ("word", "scalar", "prefetch")}
             )
         busy = {
-            name: sum(operations[kind] / self.rates[kind] for kind in kinds if operations[kind])
+            name: sum(operations[kind] / rates[kind] for kind in kinds if operations[kind])
             for name, kinds in RESOURCES.items()
         }
         vectors = sum(operations[kind] for kind in VECTOR) + self.rows_operations * operations["rows"]
-        busy["vector"] = vectors / self.rates["vector"] + operations["exp"] / self.rates["exp"]
+        busy["vector"] = vectors / rates["vector"] + operations["exp"] / rates["exp"]
         wide = vectors + EXP_OPERATIONS * operations["exp"]
         wide += sum(operations[kind] for kind in ("load", "store", "clear"))
-        narrow = sum(operations[kind] for kind in ("word", "prefetch", "scalar"))
-        busy["issue"] = (wide * LINE / self.vector_bytes + narrow) / self.rates["issue"]
+        narrow = sum(operations[kind] for kind in ("word", "put", "prefetch", "scalar"))
+        busy["issue"] = (wide * LINE / self.vector_bytes + narrow) / rates["issue"]
         return busy
 
     def line_ns(self, traffic: Traffic, threads: int = 1) -> float:
-        """Nanoseconds a line of this traffic on one thread, or, with ``threads``, of all of them together."""
+        """Nanoseconds a line of this traffic on one thread, or, with ``threads``, of all of them together.
+
+        Where a round reads a share ``p`` of ``S`` bytes, a line comes again in the next round with probability ``p``,
+        after ``p S`` other bytes, in the ``k``-th with ``p (1 - p)^(k - 1)``, after ``S (1 - (1 - p)^k)``.
+        """
         curve = (self.memory if threads == 1 else self.memory_all)[traffic.pattern]
         sizes, times = zip(*curve, strict=True)
-        return float(np.exp(np.interp(math.log(max(traffic.bytes, 1)), np.log(sizes), np.log(times))))
+        share = max(traffic.share, LEAST_SHARE)
+        rest = (1 - share) ** np.arange(math.ceil(ROUNDS / share) + 1)
+        between = np.maximum(traffic.bytes * (1 - rest[1:]), 1)
+        found = np.exp(np.interp(np.log(between), np.log(sizes), np.log(times)))
+        return float(np.average(found, weights=rest[:-1] - rest[1:]))
+
+
+def _rates(
+    rates: dict[str, float] | None, gflops: dict[str, float], threads: int, vector_bytes: int
+) -> dict[str, float]:
+    """The rates of a core by the names of the counts, from a probe's and from PyTorch's products on some threads."""
+    if rates is None:
+        return {}
+    rates = dict(rates)
+    rates["shuffle"] = rates.pop("transpose") * TRANSPOSE_SHUFFLES
+    rates["clear"] = rates["put"] = rates["store"]
+    rates["issue"] *= (4 + 4 * LINE // vector_bytes) / 8  # it had four scalar operations and four of 64 bytes
+    products = {"product": "float32", "block_product": "float32 blocks"}
+    products |= {"product_bfloat16": "bfloat16", "product_int8": "int8"}
+    return rates | {rate: gflops[name] / 2 / threads for rate, name in products.items() if name in gflops}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,21 +163,21 @@ class Bound:
 
 def bound(loop: Loop, machine: Machine, threads: int = 1, slack: float = 1.0) -> Bound:
     """The time of one loop: the busiest resource or the lines, whichever takes longer."""
-    busy = {name: ns / threads for name, ns in machine.operations_ns(loop.operations).items()}
+    busy = {name: ns / threads for name, ns in machine.operations_ns(loop.operations, threads).items()}
     limit = max(busy, key=busy.get)
     far = 0.0
     for t in loop.traffic:
         near = dataclasses.replace(t, bytes=NEAR_BYTES)
         far += t.lines * max(0.0, machine.line_ns(t, threads) - machine.line_ns(near, threads))
     busy["memory"] = far
-    total = slack * busy[limit] + far
+    total = max(slack * busy[limit], far) if loop.asks else slack * busy[limit] + far
     return Bound(loop.name, total, "memory" if far > busy[limit] else limit, busy)
 
 
 def _slack(measured_ns: float, bounds: list[Bound]) -> float:
-    """What was measured of some loops over their bound, without what their lines take."""
+    """What was measured of some loops over their bound, without what their lines take; no loop beats its bound."""
     far = sum(b.busy["memory"] for b in bounds)
-    return (measured_ns - far) / (sum(b.ns for b in bounds) - far)
+    return max(1.0, (measured_ns - far) / (sum(b.ns for b in bounds) - far))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,28 +197,17 @@ def predict(case: Case, machine: Machine) -> Prediction:
 
     A machine's ``slack`` is by how much the engine's own loops missed their bound on one small layer, by dtype and
     stage: dependent operations, branches and addresses, which the bound does not know. Every loop's busy time is
-    multiplied by it.
+    multiplied by it, and on several threads by ``together``, by how much that layer's call on all threads missed what
+    follows: a thread that wakes late, or that another tenant slows down, keeps all waiting.
     """
     threads = case.shares
     slack, found = machine.slack.get(case.dtype, {}), {}
+    together = machine.together.get(case.dtype, 1.0) if threads > 1 else 1.0
     for stage, of_stage in loops(case).items():
-        found[stage] = [bound(loop, machine, threads, slack.get(stage, 1.0)) for loop in of_stage]
-    if case.early:
-        found["gather"] = [_asked_early(found, case.product[0])]
+        found[stage] = [bound(loop, machine, threads, slack.get(stage, 1.0) * together) for loop in of_stage]
     regions = 2 * math.ceil(case.tokens / CHUNK) if threads > 1 else 0
-    return Prediction(found, (machine.call_ns + regions * machine.parallel_ns) / case.tokens)
-
-
-def _asked_early(found: dict[str, list[Bound]], repeats: int) -> Bound:
-    """The gather when rows are asked for after each repeat of the projection, while the next is computed.
-
-    The lines of the first repeats are on their way meanwhile; those of the last are only asked for when all is known.
-    """
-    (gather,) = found["gather"]
-    known = sum(b.ns for stage in ("project", "hash") for b in found[stage])
-    lines = gather.busy["memory"]
-    waits = max(lines / repeats, lines - (1 - 1 / repeats) * known)
-    return dataclasses.replace(gather, ns=gather.ns - lines + waits)
+    call_ns = float(np.interp(case.weight_bytes + case.read_bytes, *zip(*machine.calls, strict=True)))
+    return Prediction(found, (call_ns + regions * machine.parallel_ns) / case.tokens)
 
 
 def predict_training(step: Step, machine: Machine) -> dict[str, float]:
@@ -200,7 +225,10 @@ def predict_training(step: Step, machine: Machine) -> dict[str, float]:
 def _products_ns(step: Step, machine: Machine) -> dict[str, float]:
     """Nanoseconds a token of the projection's products, by stage."""
     large, small = machine.rates["product"], machine.rates["block_product"]
-    return {stage: a / large + b / small for stage, (a, b) in products(step).items()}
+    return {
+        stage: p.large / large + p.small / small + p.moves.lines * machine.line_ns(p.moves)
+        for stage, p in products(step).items()
+    }
 
 
 def tuned(case: Case, machine: Machine) -> Case:
@@ -227,8 +255,8 @@ def dense_ns(
     macs = 2 * hidden_size * intermediate_size
     lanes, item = {"float32": (16, 4), "bfloat16": (32, 2), "int8": (64, 1)}[dtype]
     vectors = {"float32": "fma", "bfloat16": "dot_bf16", "int8": "dot_int8"}[dtype]
-    # multiply-adds a nanosecond
-    rate = max(machine.rates.get(vectors, 0.0) * lanes, machine.rates.get(f"product_{dtype}", 0.0))
+    rates = machine.rates_all if threads > 1 and machine.rates_all else machine.rates
+    rate = max(rates.get(vectors, 0.0) * lanes, rates.get(f"product_{dtype}", 0.0))  # multiply-adds a nanosecond
     if not rate:
         return math.inf
     weights = macs * item

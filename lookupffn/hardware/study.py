@@ -60,10 +60,12 @@ def _beside_dense(name: str, machine: Machine, over: str, config: LookupConfig, 
     width = config.in_features
     lookup = predict(tuned(Case(config, "int8", tokens, 1, LAYERS), machine), machine)
     dense = {d: dense_ns(width, 4 * width, machine, d, tokens, 1, LAYERS) for d in PROJECTION_DTYPES}
+    of_rows = (b for stage in ("hash", "gather") for b in lookup.stages[stage] if "rows" in b.loop)  # asked for or read
+    reading = max(of_rows, key=lambda b: b.ns)
     return {
         "what": "sweep", "over": over, "machine": name, "hidden_size": width, "num_tables": config.num_tables,
         "code_bits": config.code_bits, "reads": config.reads, "dtype": "int8", "tokens": tokens, "layers": LAYERS,
-        "threads": 1, "lookup_us": lookup.ns / 1e3, "gather_waits_for": lookup.stages["gather"][0].limit,
+        "threads": 1, "lookup_us": lookup.ns / 1e3, "gather_waits_for": reading.limit,
         "dense_us": {d: ns / 1e3 for d, ns in dense.items() if ns < math.inf},
         "times_faster": min(dense.values()) / lookup.ns,
         "times_faster_than_float32": dense["float32"] / lookup.ns,

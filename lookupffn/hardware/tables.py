@@ -43,10 +43,12 @@ def print_probe(record: dict, console: Console) -> None:
         )
 
     table = Table(title="instructions of one core", box=box.SIMPLE)
-    for heading in ("instruction", "a nanosecond", "a cycle", "usual below best"):
+    for heading in ("instruction", "a nanosecond", "all cores at work", "a cycle", "usual below best"):
         table.add_column(heading, justify="left" if heading == "instruction" else "right")
     for name, rate in record["rates"].items():
-        table.add_row(name, f"{rate:.2f}", f"{rate / clock['scalar']:.2f}", f"{100 * record['spread'][name]:.0f} %")
+        at_work = f"{record['rates_all'][name]:.2f}" if "rates_all" in record else "-"
+        steady = f"{100 * record['spread'][name]:.0f} %"
+        table.add_row(name, f"{rate:.2f}", at_work, f"{rate / clock['scalar']:.2f}", steady)
     console.print(table)
 
     _print_memory(record["memory"], "one thread", console)
@@ -75,7 +77,7 @@ def print_probe(record: dict, console: Console) -> None:
 
 
 def _print_memory(rows: list[dict], title: str, console: Console) -> None:
-    columns = {"latency_ns": "latency", "not_asked_ns": "just read", "runs_of_1_ns": "asked for"}
+    columns = {"latency_ns": "latency", "runs_of_1_read_ns": "just read", "runs_of_1_ns": "asked for"}
     columns |= {"draws_of_1_ns": "drawn", "draws_of_2_ns": "2", "draws_of_4_ns": "4"}
     columns = {key: text for key, text in columns.items() if key in rows[0]}
     columns |= {"stream_ns": "stream", "gbs": "stream, GB/s"}

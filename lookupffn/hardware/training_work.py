@@ -44,71 +44,106 @@ class Step:
         ]
 
 
-REFERENCE_STEP = Step(REFERENCE, 2048)  # which the probe times
+REFERENCE_STEP = Step(REFERENCE, 1024)  # which the probe times
 
 
 def training_loops(step: Step) -> dict[str, list[Loop]]:
     """The loops of hash and gather, forward and backward, for a token on average."""
     return {
-        "hash": [_hash(step)],
+        "hash": _hash(step),
         "gather": _gather(step),
         "gather backward": _gather_backward(step),
-        "hash backward": [_hash_backward(step)],
+        "hash backward": _hash_backward(step),
     }
 
 
-def products(step: Step) -> dict[str, tuple[float, float]]:
-    """Multiply-adds a token of the projection's products in PyTorch: of large ones and of small blocks, by stage."""
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """A projection in PyTorch for a token: multiply-adds in large products and in those of small blocks, and the lines
+    that it moves between them, adding, copying and multiplying by the few numbers of a Hadamard matrix."""
+
+    large: float
+    small: float
+    moves: Traffic
+
+
+def products(step: Step) -> dict[str, Products]:
+    """The projection's products in PyTorch, forward and backward (``ops.py``)."""
     c, tokens = step.config, step.tokens
     if c.projection == "none":
         return {}
     outputs = c.num_tables * c.code_bits
     if c.projection == "dense":
-        return {"project": (c.in_features * outputs, 0), "project backward": (2 * c.in_features * outputs, 0)}
-    width = c.padded_features
-    blocks, repeats = width // c.block_size, math.ceil(outputs / width)
-    # In a stage each number meets a block of the weights and, across blocks, a row of the Hadamard matrix.
-    of_stages = repeats * STAGES * width * (c.block_size + (blocks if blocks > 1 else 0))
-    if tokens >= 4 * width and width <= ops.MATRIX_WIDTH:  # as one matrix, made from the identity
-        share = width / tokens
+        x = Traffic(0, 4 * c.in_features * tokens)
         return {
-            "project": (c.in_features * outputs, share * of_stages),
-            "project backward": (2 * c.in_features * outputs, 4 * share * of_stages),
+            "project": Products(c.in_features * outputs, 0, x),
+            "project backward": Products(2 * c.in_features * outputs, 0, x),
         }
-    return {"project": (0, of_stages), "project backward": (0, 3 * of_stages)}  # forward once more, then both gradients
+    width = c.padded_features
+    if tokens >= 4 * width and width <= ops.MATRIX_WIDTH:  # as one matrix, made from the identity
+        forward, backward = _stages(step, width)
+        large = c.in_features * outputs
+        moves = dataclasses.replace(forward.moves, lines=forward.moves.lines + backward.moves.lines)
+        return {
+            "project": dataclasses.replace(forward, large=large),
+            "project backward": Products(2 * large, forward.small + backward.small, moves),
+        }
+    forward, backward = _stages(step, tokens)
+    return {"project": forward, "project backward": backward}
+
+
+def _stages(step: Step, rows: int) -> tuple[Products, Products]:
+    """The projection of ``rows`` rows by its stages and the way back, in shares of a step's token."""
+    c, width = step.config, step.config.padded_features
+    blocks, block, repeats = width // c.block_size, c.block_size, math.ceil(c.num_tables * c.code_bits / width)
+    share, across = rows / step.tokens, blocks > 1
+    # In a stage each number meets a block of the weights and, across blocks, a row of the Hadamard matrix.
+    macs = share * repeats * STAGES * width * (block + (blocks if across else 0))
+    fold = repeats * STAGES * width * block**2 / step.tokens if rows > block else 0  # of H_b into the weights
+    lines = share * repeats * width * 4 / LINE  # of one pass over the activations of all repeats
+    held = 2 * repeats * width * 4 * rows
+    # Forward: x for each repeat (2), the residual (2 + 3), the order of the outputs (2), those that are wanted (2).
+    forward = Products(0, macs + fold, Traffic((11 + 2 * STAGES * across) * lines, held))
+    # Backward: forward once more, then both gradients; the outputs' gradient (2 + 2), its sums (1 + 1), x (2).
+    backward = Products(0, 3 * macs + 2 * fold, Traffic((8 + (4 * STAGES - 2) * across) * lines, held))
+    return forward, backward
 
 
 # ---- Hash ------------------------------------------------------------------------------------------------------------
 
 
-def _hash(step: Step) -> Loop:
+def _hash(step: Step) -> list[Loop]:
     c = step.config
     groups, bits, reads = c.num_tables / LANES, c.code_bits, c.reads
     count = hash_group(bits, reads)
     if reads == 1:
         count += Counter(load=2, shuffle=1, store=2)  # codes widened, scores copied
-    else:
-        count += Counter(word=2 * LANES * reads, scalar=2 * LANES * reads)
     numbers = c.num_tables * bits
     lines = (Traffic(4 * numbers / LINE, 4 * numbers * step.tokens), _reads(step, 2))
-    return Loop("codes and scores", scaled(count, groups) + _last_rows(step), lines)
+    found = [Loop("codes and scores", scaled(count, groups) + _last_rows(step), lines)]
+    return found + ([_side_by_side(step)] if reads > 1 else [])
 
 
-def _hash_backward(step: Step) -> Loop:
+def _hash_backward(step: Step) -> list[Loop]:
     c = step.config
     bits, more = c.code_bits, c.reads - 1
-    count = Counter(
-        load=16 + bits, shuffle=2 * 64, store=16 + bits
-    )  # z and its gradient, transposed, copied to its place
+    # z and its gradient, transposed, copied to its place
+    count = Counter(load=16 + bits, shuffle=2 * 64, store=16 + bits)
     each_bit = Counter(vector=1 + 4, exp=1, add=2 + 1, divide=1, multiply=1 + 2)
     each_bit += scaled(Counter(vector=3 + 3, add=1 + 1), more)  # whether a read has the bit flipped
     count += scaled(each_bit, bits)
     count += Counter(load=1, divide=1, multiply=1, add=1)
     count += scaled(Counter(load=2 + 1, vector=1, divide=1, exp=1, multiply=2, add=2 + 1 + 2 + 3), more)
-    count += Counter(word=2 * LANES * c.reads, scalar=2 * LANES * c.reads)  # gradients and codes, read by read
     numbers = c.num_tables * bits
     lines = (Traffic(2 * 4 * numbers / LINE, 2 * 4 * numbers * step.tokens), _reads(step, 2))
-    return Loop("gradient of z", scaled(count, c.num_tables / LANES) + _last_rows(step), lines)
+    return [_side_by_side(step), Loop("gradient of z", scaled(count, c.num_tables / LANES) + _last_rows(step), lines)]
+
+
+def _side_by_side(step: Step) -> Loop:
+    """Two numbers a read, codes and scores or their gradients, one by one between sixteen tables and read by read."""
+    return Loop(
+        "read by read", scaled(Counter(word=1, put=1, scalar=1), 2 * step.config.num_tables * step.config.reads)
+    )
 
 
 def _last_rows(step: Step) -> Counter:
@@ -152,7 +187,8 @@ def _gather(step: Step) -> list[Loop]:
         gather += Counter(load=(passes - 1) * VECTORS, store=passes * VECTORS)  # sums
         gather += Counter(load=vectors, store=vectors)  # to y
     number = len(step.slices)
-    pack_lines = (Traffic(table_rows * c.out_features * 4 / LINE, step.table_bytes, 4),)
+    # At a constant stride, which a core foresees: as if they were asked for.
+    pack_lines = (Traffic(table_rows * c.out_features * 4 / LINE, step.table_bytes, 4, asked=True),)
     gather_lines = (
         Traffic(rows * VECTORS * number, min(pass_tables, c.num_tables) * c.num_rows * packed_row, 4, drawn=True),
         Traffic(number * rows * 8 / LINE, 8 * rows * tokens),  # codes and scores, once a slice
@@ -185,12 +221,12 @@ def _gather_backward(step: Step) -> list[Loop]:
     return [
         Loop("transpose", turn, (_reads(step, 3),)),
         Loop("pack", pack, (
-            Traffic(units * width_lines, 4 * c.out_features * tokens, 4),
-            Traffic(read_rows * width_lines, step.table_bytes, 4),
+            Traffic(units * width_lines, 4 * c.out_features * tokens, 4, asked=True),
+            Traffic(read_rows * width_lines, step.table_bytes, 4, asked=True),
         )),
         Loop("scatter", scatter, (
             Traffic(2 * rows * VECTORS * number, 2 * c.num_rows * SLICE * 4, 4, drawn=True),
             Traffic(rows * VECTORS * number, SLICE * 4 * tokens),
         )),
-        Loop("unpack", unpack, (Traffic(table_rows * width_lines, 2 * step.table_bytes, 4),)),
+        Loop("unpack", unpack, (Traffic(table_rows * width_lines, 2 * step.table_bytes, 4, asked=True),)),
     ]  # fmt: skip

@@ -6,24 +6,28 @@ import dataclasses
 import itertools
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from lookupffn.hardware.model import Machine, predict, predict_training
-from lookupffn.hardware.probe import best, training_stages
+from lookupffn.hardware.probe import training_stages, usual
 from lookupffn.hardware.training_work import Step
 from lookupffn.hardware.work import ITEM_BYTES, Case
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.packed import pack
 from lookupffn.tiling import choose_tiling
-from lookupffn.timing import keep_freed_memory, time_interleaved
+from lookupffn.timing import keep_freed_memory, on_core, some_cores, time_interleaved
 
 CHAIN = 12  # layers that take turns where tokens are few, as in a model
 CHAINED_TOKENS = 8  # up to so many
 DISTINCT_TOKENS = 2048  # of inputs, in turn: rows are not those of the call before
 MOST_BYTES = 2**30  # of tables in a case
-PROBE_EVERY = 3  # passes
+WINDOWS = 4  # of a measurement, as many as the probe has rounds
+BLOCK, PAUSE = 2e-3, 5e-3  # seconds
+STAGE_CALLS = 20
 SIZES = ("in_features", "num_tables", "code_bits", "reads", "block_size")
 
 
@@ -61,19 +65,37 @@ def validate(
     """Records for JSON: the probe, and for every case and every stage of a training step sizes, ``predicted_us`` and
     ``measured_us``.
 
-    A model knows the machine at its best, and other tenants and a changing clock make each of its cores up to twice as
-    slow, for seconds to minutes. So all measurements take turns for some ``passes``, ``seconds`` for each, and
-    ``probe`` with them in every third: predicted is from the best of the probes, figure by figure, and ``measured_us``
-    is the least of the passes' tenth percentiles. ``passes_us`` has those of all passes.
+    Other tenants and a changing clock make each core of a machine up to twice as slow, for seconds to minutes. So all
+    measurements and ``probe`` take turns for some ``passes``, ``seconds`` for each, and both sides are the medians over
+    the passes, figure by figure, of the best in a pass: predicted is from :func:`usual` of the probes, and
+    ``measured_us`` the median of ``passes_us``.
     """
+    cases = [tiled(case) for case in cases]
+    probes, of_cases, of_steps = measure(cases, steps, probe, passes, seconds, progress)
+    record = usual(probes)
+    machine, records = Machine.from_probe(record), [{"what": "probe", **record}]
+    records += (_compare(case, measured, machine) for case, measured in zip(cases, of_cases, strict=True))
+    for step, measured in zip(steps, of_steps, strict=True):
+        records += _compare_training(step, measured, machine)
+    return records
+
+
+def measure(
+    cases: list[Case],
+    steps: list[Step],
+    probe: Callable[[], dict],
+    passes: int,
+    seconds: float,
+    progress: Callable[[str], object],
+) -> tuple[list[dict], list[list[dict]], list[list[dict]]]:
+    """What each pass found: the probe, and of every case and every step."""
     keep_freed_memory()
     probes, of_cases, of_steps = [], [[] for _ in cases], [[] for _ in steps]
     before = torch.get_num_threads()
     try:
         for turn in range(1, passes + 1):
             torch.set_num_threads(before)
-            if turn % PROBE_EVERY == 1:
-                probes.append(probe())
+            probes.append(probe())
             for number, (case, measured) in enumerate(zip(cases, of_cases, strict=True), 1):
                 progress(f"pass {turn} of {passes}: call {number} of {len(cases)}")
                 torch.set_num_threads(case.threads)
@@ -84,12 +106,7 @@ def validate(
                 measured.append(_measure_training(step, seconds))
     finally:
         torch.set_num_threads(before)
-    record = best(probes)
-    machine, records = Machine.from_probe(record), [{"what": "probe", **record}]
-    records += (_compare(case, measured, machine) for case, measured in zip(cases, of_cases, strict=True))
-    for step, measured in zip(steps, of_steps, strict=True):
-        records += _compare_training(step, measured, machine)
-    return records
+    return probes, of_cases, of_steps
 
 
 def draw_steps(count: int, seed: int) -> list[Step]:
@@ -123,46 +140,77 @@ def summaries(records: list[dict]) -> list[dict]:
 # ---- Calls -----------------------------------------------------------------------------------------------------------
 
 
+def tiled(case: Case) -> Case:
+    """The case with the loop sizes that ``prepare`` would choose."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        return dataclasses.replace(case, tiling=choose_tiling(case.config, _packed(case, 1)[0]))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _packed(case: Case, layers: int) -> list[Tensor]:
+    return [pack(LookupFFN(case.config), case.dtype, case.weight_type) for _ in range(layers)]
+
+
 def _measure(case: Case, seconds: float) -> dict:
-    """The tiling that was chosen, ``us`` a token, and where it is one layer on one thread ``stages_us``."""
-    c = case.config
+    """``us`` a token, and where it is one layer on one thread ``stages_us``."""
+    c, t = case.config, case.tiling
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        packed = [pack(LookupFFN(c), case.dtype, case.weight_type) for _ in range(case.layers)]
+        packed = _packed(case, case.layers)
         inputs = torch.randn(max(1, DISTINCT_TOKENS // case.tokens), case.tokens, c.in_features).unbind(0)
-    tiling = choose_tiling(c, packed[0])
-    sizes = (tiling.tile_tokens, tiling.groups_a_pass, tiling.prefetch_rows)
+    sizes = (t.tile_tokens, t.groups_a_pass, t.prefetch_rows)
     prepared, turns = torch.ops.lookupffn.prepared, itertools.cycle(inputs)
 
     def call():
         x = next(turns)
         for layer in packed:
-            prepared(x, layer, c.out_features, *sizes, tiling.serial_tokens, "")
+            prepared(x, layer, c.out_features, *sizes, t.serial_tokens, "")
 
-    timing = time_interleaved({"call": call}, seconds, block=5e-3)["call"]
-    found = {"tiling": tiling, "us": timing.low / case.tokens / case.layers * 1e6}
+    def stages():
+        calls = [torch.ops.lookupffn.stage_seconds(next(turns), packed[0], *sizes) for _ in range(STAGE_CALLS)]
+        return torch.stack(calls).quantile(0.1, 0)
+
+    found = {"us": _least({"call": call}, seconds, case.threads)["call"] / case.layers / case.tokens}
     if case.threads == 1 and case.layers == 1:
-        calls = [torch.ops.lookupffn.stage_seconds(next(turns), packed[0], *sizes) for _ in range(20)]
-        found["stages_us"] = (torch.stack(calls).quantile(0.1, 0) / case.tokens * 1e6).tolist()
+        least = torch.stack([stages() for _ in _windows(1)]).amin(0)
+        found["stages_us"] = (least / case.tokens * 1e6).tolist()
     return found
 
 
+def _least(calls: dict[str, Callable[[], object]], seconds: float, threads: int) -> dict[str, float]:
+    """Microseconds of each call: the least tenth percentile of some windows."""
+    share = seconds / WINDOWS * len(calls)
+    found = [time_interleaved(calls, share, block=BLOCK) for _ in _windows(threads)]
+    return {name: min(timing[name].low for timing in found) * 1e6 for name in calls}
+
+
+def _windows(threads: int) -> Iterator[None]:
+    """``WINDOWS`` turns; one thread tries a core after the other, several may change places in a pause."""
+    cores = some_cores(WINDOWS) if threads == 1 else [None]
+    for core in itertools.islice(itertools.cycle(cores), WINDOWS):
+        time.sleep(PAUSE)
+        with on_core(core):
+            yield
+
+
 def _compare(case: Case, measured: list[dict], machine: Machine) -> dict:
-    c, least = case.config, min(measured, key=lambda found: found["us"])
-    found = predict(dataclasses.replace(case, tiling=least["tiling"]), machine)
+    c, found, passes_us = case.config, predict(case, machine), [one["us"] for one in measured]
     record = {
         "what": "prediction",
         **{name: getattr(c, name) for name in SIZES},
         **{name: getattr(case, name) for name in ("dtype", "tokens", "threads", "layers")},
-        "tiling": dataclasses.asdict(least["tiling"]),
+        "tiling": dataclasses.asdict(case.tiling),
         "predicted_us": found.ns / 1e3,
-        "measured_us": least["us"],
-        "passes_us": [one["us"] for one in measured],
+        "measured_us": statistics.median(passes_us),
+        "passes_us": passes_us,
         "predicted_stages_us": {s: sum(b.ns for b in bounds) / 1e3 for s, bounds in found.stages.items()},
         "limits": {b.loop: b.limit for bounds in found.stages.values() for b in bounds},
     }
-    if "stages_us" in least:
-        stages = [min(of_passes) for of_passes in zip(*(one["stages_us"] for one in measured), strict=True)]
+    if "stages_us" in measured[0]:
+        stages = map(statistics.median, zip(*(one["stages_us"] for one in measured), strict=True))
         record["measured_stages_us"] = dict(zip(("project", "hash", "gather"), stages, strict=True))
     return record
 
@@ -175,8 +223,7 @@ def _measure_training(step: Step, seconds: float) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         calls = training_stages(step)
-    times = time_interleaved(calls, seconds * len(calls), block=5e-3)
-    return {stage: time.low / step.tokens * 1e6 for stage, time in times.items()}
+    return {stage: us / step.tokens for stage, us in _least(calls, seconds, 1).items()}
 
 
 def _compare_training(step: Step, measured: list[dict[str, float]], machine: Machine) -> Iterator[dict]:
@@ -189,6 +236,6 @@ def _compare_training(step: Step, measured: list[dict[str, float]], machine: Mac
             "tokens": step.tokens,
             "threads": 1,
             "predicted_us": ns / 1e3,
-            "measured_us": min(of_passes),
+            "measured_us": statistics.median(of_passes),
             "passes_us": of_passes,
         }

@@ -2,7 +2,8 @@
 
 A count is in functions of the vector shim (csrc/simd_scalar.h), that is for sixteen numbers or 64 bytes, and in scalar
 operations; tests/kernels/simd_counting.h says what counts as what. ``tests/test_hardware_work.py`` demands that all but
-``word`` and ``scalar``, which are estimates, equal what the engine executes on that shim. ``x`` and ``y`` are float32.
+``word``, ``put`` and ``scalar``, which are estimates, equal what the engine executes on that shim. ``x`` and ``y`` are
+float32.
 
 Left out: with several threads a single tile is shared out by repeats, and each thread quantises ``x`` for itself.
 """
@@ -19,14 +20,15 @@ from lookupffn.reference import STAGES
 from lookupffn.tiling import Tiling
 
 CHUNK = 2048  # tokens whose codes wait in memory at once, as in csrc/engine.cpp
-EARLY_BYTES = 1 << 19  # of rows that may be asked for before the first is read, there too
+EARLY_BYTES = 1 << 19  # of several tokens' rows, up to which they are asked for outside of the gather, there too
 MAX_TILE = 96  # tokens that are projected at once, as in csrc/kernels.h
 TILE_TOKENS, TILE_PANELS = 6, 4  # of the product's sums in registers, AVX-512
 PROJECTION_DTYPES = {"int8": "int8", "bfloat16": "int16", "float32": "float32"}  # what prepare pairs with the tables
 ITEM_BYTES = {"int8": 1, "int16": 2, "bfloat16": 2, "float32": 4}
 LINE = 64  # bytes
 RUNS = (1, 2, 4, 8)  # neighbouring lines, as a slice of a row has them
-PATTERNS = ("stream", *(f"{order}_of_{run}" for order in ("runs", "draws") for run in RUNS))  # see Traffic
+ASKED = tuple(f"{order}_of_{run}" for order in ("runs", "draws") for run in RUNS)
+PATTERNS = ("stream", *ASKED, *(f"{pattern}_read" for pattern in ASKED))  # see Traffic
 REFERENCE = LookupConfig(256, 256, num_tables=32, block_size=64)  # which the probe times: its slices lie in L2
 REFERENCE_TOKENS = 240
 
@@ -37,27 +39,37 @@ class Traffic:
 
     ``run`` is how many neighbours are read together at a random place; 0 stands for a stream. ``drawn`` says that
     places are drawn anew each time, so that a cache that holds half of them serves half of the reads; without it
-    each is read once before any comes again, and a cache that is too small serves next to none.
+    each is read once before any comes again, and a cache that is too small serves next to none. In between, a round
+    reads a ``share`` of the places, drawn for each round. Unless they are ``asked`` for early, lines are just read.
     """
 
     lines: float
     bytes: float
     run: int = 0
     drawn: bool = False
+    share: float = 1.0
+    asked: bool = False
 
     @property
     def pattern(self) -> str:
         """The name of this pattern in a probe's record."""
-        return f"{'draws' if self.drawn else 'runs'}_of_{self.run}" if self.run else "stream"
+        if not self.run:
+            return "stream"
+        return f"{'draws' if self.drawn else 'runs'}_of_{self.run}{'' if self.asked else '_read'}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """One loop of a stage: what it executes for a token, on average, and what it reads from beyond L1."""
+    """One loop of a stage: what it executes for a token, on average, and what it reads from beyond L1.
+
+    One that ``asks`` for its lines goes on until as many are on their way as a core can have: it takes as long as the
+    lines or as what it executes. Others read what they need next: as long as both.
+    """
 
     name: str
     operations: Counter
     traffic: tuple[Traffic, ...] = ()
+    asks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +103,11 @@ class Case:
         """Bytes of a row of the prepared tables."""
         slices, row_lines = self.slices
         return slices * row_lines * LINE
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of rows that a call reads, at most."""
+        return min(self.tokens * self.config.num_tables * self.config.reads * self.row_bytes, self.table_bytes)
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -135,9 +152,14 @@ class Case:
     @property
     def early(self) -> bool:
         """Whether rows are asked for as soon as their codes are known, repeat by repeat: few tokens on one thread."""
-        c, (slices, row_lines) = self.config, self.slices
+        c = self.config
         reads = -(-c.num_tables // LANES) * LANES * c.reads  # padding included
-        return self.shares == 1 and self.tokens * reads * slices * row_lines * LINE <= EARLY_BYTES
+        return self.shares == 1 and (self.tokens == 1 or self.tokens * reads * self.row_bytes <= EARLY_BYTES)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the gather asks for rows some tokens before it reads them."""
+        return self.tiling.prefetch_rows > 0 and self.tokens > 1
 
 
 def loops(case: Case) -> dict[str, list[Loop]]:
@@ -180,9 +202,8 @@ def _projection(case: Case) -> list[Loop]:
         found.append(Loop("quantise x", scaled(_quantise(width_in, kind), times), (of_tile(times * width_in),)))
     # A tile reads all weights once; a thread's first one after the gathers of all layers, others where it left them.
     tiles, first = sum(case.tiles.values()) / case.tokens, min(case.shares, sum(case.tiles.values())) / case.tokens
-    read = min(case.tokens * c.num_tables * c.reads * case.row_bytes, case.table_bytes)
     weights = (
-        Traffic(case.weight_bytes / LINE * first, (case.weight_bytes + read) * case.layers),
+        Traffic(case.weight_bytes / LINE * first, (case.weight_bytes + case.read_bytes) * case.layers),
         Traffic(case.weight_bytes / LINE * (tiles - first), case.weight_bytes),
     )
     lines = weights if integer else (*weights, x)
@@ -259,7 +280,7 @@ def _hash(case: Case) -> list[Loop]:
     if case.early:
         slices, row_lines = case.slices
         ask = Counter(prefetch=row_lines, word=1, scalar=2 + row_lines)
-        found.append(Loop("ask for rows", scaled(ask, c.num_tables * reads * slices)))
+        found.append(Loop("ask for rows", scaled(ask, c.num_tables * reads * slices), (first_reads(case),), True))
     if case.dtype == "int8":
         vectors = groups * reads
         each = Counter(load=2, multiply=1, store=1, vector=2)  # times the table's scale, and the largest
@@ -291,7 +312,7 @@ def _gather(case: Case) -> list[Loop]:
     width, rows = slice_width(c.out_features), c.num_tables * c.reads
     groups = -(-c.num_tables // LANES)
     passes = -(-groups // case.tiling.groups_a_pass)
-    ahead = case.tiling.prefetch_rows > 0 and case.tokens > 1
+    ahead = case.ahead
     sums = width / LANES
     if case.dtype == "int8":
         # Four rows at once, and their four scores; where a group's last four are not whole, other rows fill them up.
@@ -312,21 +333,28 @@ def _gather(case: Case) -> list[Loop]:
     cut = math.ceil(c.out_features % width / LANES)  # what there is of the last slice is copied to y
     count += Counter(load=cut, store=cut)
 
-    chunk = min(case.tokens, CHUNK)
-    touched = 1 - (1 - c.reads / c.num_rows) ** chunk  # share of a table's rows that a chunk reads, codes uniform
-    first = touched * c.num_tables * c.num_rows * row_lines * slices / chunk  # lines a token
-    again = rows * row_lines * slices - first
+    chunk, first = min(case.tokens, CHUNK), first_reads(case)
+    again = rows * row_lines * slices - first.lines
     slice_bytes = c.num_tables * c.num_rows * row_lines * LINE / passes
     codes = groups * LANES * c.reads * (2 + (1 if case.dtype == "int8" else 4))
     traffic = (
-        # Of few rows, other ones than in the call before; of many, all before any comes again.
-        Traffic(first, case.table_bytes * case.layers, row_lines, drawn=touched < 0.5),
-        Traffic(again, touched * slice_bytes, row_lines, drawn=True),
+        *(() if case.early else (first,)),  # which had been asked for
+        Traffic(again, first.share * slice_bytes, row_lines, drawn=True, asked=first.asked),
         Traffic(slices * codes / LINE, chunk * codes),
         Traffic(slices * 2 * (passes - 1) * width * 4 / LINE, chunk * width * 4),  # sums, between passes
         Traffic(2 * c.out_features * 4 / LINE, case.tokens * c.out_features * 4),  # read to be written
     )
     return [Loop("rows", count, traffic)]
+
+
+def first_reads(case: Case) -> Traffic:
+    """The rows that a chunk reads for the first time, codes uniform; each thread keeps to its share of the slices."""
+    c, (slices, row_lines) = case.config, case.slices
+    chunk = min(case.tokens, CHUNK)
+    share = 1 - (1 - c.reads / c.num_rows) ** chunk  # of a table's rows
+    lines = share * c.num_tables * c.num_rows * row_lines * slices / chunk
+    of_thread = case.table_bytes * case.layers / case.shares
+    return Traffic(lines, of_thread, row_lines, share=share, asked=case.early or case.ahead)
 
 
 def scaled(count: Counter, factor: float) -> Counter:
