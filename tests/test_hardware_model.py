@@ -13,7 +13,7 @@ from lookupffn.hardware import memory, rounds
 from lookupffn.hardware import probe as probing
 from lookupffn.hardware import validate as validation
 from lookupffn.hardware.described import FEATURES, describe, descriptions
-from lookupffn.hardware.model import Machine, bound, dense_ns, predict, predict_training
+from lookupffn.hardware.model import Machine, _slack, bound, dense_ns, predict, predict_training
 from lookupffn.hardware.training_work import Step, products, training_loops
 from lookupffn.hardware.work import PATTERNS, Case, Loop, Traffic
 from lookupffn.layer import LookupConfig
@@ -141,6 +141,27 @@ def test_with_several_threads_the_rates_are_those_of_all_cores_at_work():
     assert bound(loop, machine).ns == pytest.approx(11)
     assert bound(loop, machine, threads=4).ns == pytest.approx(2 * 11 / 4)
     assert dense_ns(256, 1024, machine, "float32", 4096, 2) == pytest.approx(2 * 256 * 1024 / 16)
+
+
+def test_slack_is_of_what_is_executed_and_no_loop_beats_its_bound():
+    loop = Loop("x", Counter(fma=6), (Traffic(4, 2**20),))
+    found = [bound(loop, flat())]
+    assert _slack(6 + 4, found) == pytest.approx(1)
+    assert _slack(2 * 6 + 4, found) == pytest.approx(2), "lines do not come slower for clumsy loops"
+    assert _slack(3, found) == 1.0
+
+
+def test_threads_wait_for_each_other_in_what_they_execute():
+    near = dataclasses.replace(flat(), memory_all={pattern: [(2**14, 1e-9), (2**30, 1e-9)] for pattern in PATTERNS})
+    case, far = Case(CONFIG, tokens=64, threads=2), flat()
+    waits = {"together": {"int8": 2.0}}
+    alone, together = (predict(case, machine).ns for machine in (near, dataclasses.replace(near, **waits)))
+    assert together == pytest.approx(2 * alone)
+    lines = predict(case, far).ns - alone
+    assert lines > 0
+    assert predict(case, dataclasses.replace(far, **waits)).ns == pytest.approx(2 * alone + lines), "memory once"
+    one = dataclasses.replace(case, threads=1)
+    assert predict(one, dataclasses.replace(far, **waits)).ns == predict(one, far).ns
 
 
 def test_a_call_takes_longer_the_more_was_read_since_the_last_one():
@@ -311,7 +332,7 @@ def test_what_is_drawn_is_the_same_for_a_seed_and_fits_into_memory():
     assert all((case.layers == validation.CHAIN) == (case.tokens <= 8) for case in cases)
 
 
-def test_predictions_stand_beside_the_least_of_the_passes(quick, monkeypatch):
+def test_predictions_stand_beside_the_median_of_the_passes(quick, monkeypatch):
     monkeypatch.setattr(probing, "memory_sizes", lambda caches: [2**14, 2**19])
     cases = [Case(CONFIG, "int8", 64, 1), Case(CONFIG, "float32", 64, 2), Case(CONFIG, "int8", 1, 1, 2)]
     step = Step(dataclasses.replace(CONFIG, block_size=32), 64)

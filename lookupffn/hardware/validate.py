@@ -145,7 +145,8 @@ def tiled(case: Case) -> Case:
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
-        return dataclasses.replace(case, tiling=choose_tiling(case.config, _packed(case, 1)[0]))
+        with torch.random.fork_rng(devices=[]):
+            return dataclasses.replace(case, tiling=choose_tiling(case.config, _packed(case, 1)[0]))
     finally:
         torch.set_num_threads(before)
 
