@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lookupffn.hardware.gather_stream import Cache, CacheSimulator, Gather, gather_lines, uniform_codes
+from lookupffn.lab.hardware.gather_stream import Cache, CacheSimulator, Gather, gather_lines, uniform_codes
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "cachegrind"
@@ -44,7 +44,15 @@ def built() -> Path:
 def run(program: Path, isa: str, gather: Gather, codes: np.ndarray, levels: list[Cache], rounds: int) -> tuple:
     """Misses of D1 and of LL under cachegrind, instructions' not counted, and the addresses of the buffers."""
     g, flushed = gather, 2 * levels[-1].bytes
-    sizes = [len(codes), g.num_tables, g.table_rows, g.out_features, g.reads, g.slice, min(g.groups_a_pass, g.groups)]
+    sizes = [
+        len(codes),
+        g.num_tables,
+        g.table_rows,
+        g.out_features,
+        g.reads,
+        g.slice,
+        min(g.groups_per_block, g.groups),
+    ]
     caches = [f"--{name}={c.bytes},{c.ways},{c.line}" for name, c in zip(("D1", "LL"), levels, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         out, file = Path(folder, "out"), Path(folder, "codes")
@@ -77,7 +85,7 @@ def compare(program: Path, isa: str, gather: Gather, codes: np.ndarray, levels: 
             "num_tables": gather.num_tables,
             "reads": gather.reads,
             "out_features": gather.out_features,
-            "groups_a_pass": min(gather.groups_a_pass, gather.groups),
+            "groups_per_block": min(gather.groups_per_block, gather.groups),
             "isa": isa,
             "level": level,
             "bytes": cache.bytes,
@@ -119,13 +127,13 @@ def main() -> None:
     records = []
     for (name, array), dtype, order in itertools.product(codes.items(), a.dtype, a.order):
         _, num_tables, reads = array.shape
-        for groups_a_pass in a.groups_a_pass if order == "sliced" else [1 << 20]:
-            loop = {"dtype": dtype, "order": order, "groups_a_pass": groups_a_pass}
+        for groups_per_block in a.groups_per_block if order == "sliced" else [1 << 20]:
+            loop = {"dtype": dtype, "order": order, "groups_per_block": groups_per_block}
             gather = Gather(num_tables, 256, a.out_features, reads, **loop)
             for r in compare(program, a.isa, gather, array, levels):
                 records.append({"what": "cachegrind", "codes": name, **r, "seed": 0, "valgrind": version})
                 print(
-                    f"{name:8} {order:7} {r['groups_a_pass']:4} {dtype:9} {r['level']:5} {r['simulated_misses']:10} "
+                    f"{name:8} {order:7} {r['groups_per_block']:4} {dtype:9} {r['level']:5} {r['simulated_misses']:10} "
                     f"{r['cachegrind_misses']:10} {r['ratio']:6.3f}",
                     flush=True,
                 )

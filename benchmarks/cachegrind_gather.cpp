@@ -91,7 +91,7 @@ struct Sliced {  // what engine.cpp has between its two phases
   const Kernels& kernels;
   Layer layer;
   int64_t tokens;
-  int groups_a_pass, ahead;
+  int groups_per_block, ahead;
   std::vector<int32_t> given;
   uint16_t* codes;
   void* scores;
@@ -109,8 +109,8 @@ struct Sliced {  // what engine.cpp has between its two phases
 
   void run(int64_t start, int64_t count) const {  // phase 2 of engine.cpp on one thread
     for (int slice = 0; slice < layer.slices; slice++)
-      for (int g = 0; g < layer.groups; g += groups_a_pass)
-        kernels.gather(layer, slice, g, std::min(g + groups_a_pass, layer.groups), 0, count, codes, scores, steps, sums,
+      for (int g = 0; g < layer.groups; g += groups_per_block)
+        kernels.gather(layer, slice, g, std::min(g + groups_per_block, layer.groups), 0, count, codes, scores, steps, sums,
                        {y, layer.h.out_features, false}, start, ahead);
   }
 };

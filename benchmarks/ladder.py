@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lookupffn import hardware
+from lookupffn import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "ladder"
@@ -229,7 +229,7 @@ def main() -> None:
     console, program = Console(), a.program or built()
     isa = ["--isa", a.isa] if a.isa else []
     rungs = a.rung or [record["rung"] for record in lines([program, *isa, "--list"])]
-    common = {**hardware.machine(), "caches": hardware.caches(), "huge_pages": hardware.huge_pages(), "seed": 0}
+    common = {**machine.describe(), "caches": machine.caches(), "huge_pages": machine.huge_pages(), "seed": 0}
     parts = [] if a.no_timing else [timed(a, program, isa, rungs)]
     parts += [] if a.no_valgrind else [counts(a, program, rungs, console)]
     records = []

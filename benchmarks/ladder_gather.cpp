@@ -282,9 +282,9 @@ std::vector<Rung> gather_rungs(const Shape& shape, const Isa& isa) {
                        return (*data)->work(format, slice, huge, body);
                      }});
   };
-  const auto dot = [&own](int groups_a_pass, int64_t ahead) {
+  const auto dot = [&own](int groups_per_block, int64_t ahead) {
     return [=, &own](const GatherWork& w) {
-      const int pass = std::min(groups_a_pass, w.layer.groups);
+      const int pass = std::min(groups_per_block, w.layer.groups);
       for (int slice = 0; slice < w.layer.slices; slice++)
         for (int g = 0; g < w.layer.groups; g += pass)
           own.dot(w, slice, g, std::min(g + pass, w.layer.groups), std::min(ahead, w.tokens - 1));

@@ -17,8 +17,8 @@ import pyarrow.parquet as parquet
 import torch
 
 from lookupffn import LookupFFN, ops
-from lookupffn.data import load_tokenizer
-from lookupffn.hardware.gather_stream import (
+from lookupffn.hf import LookupRobertaForMaskedLM
+from lookupffn.lab.hardware.gather_stream import (
     Cache,
     Gather,
     code_entropy,
@@ -27,7 +27,7 @@ from lookupffn.hardware.gather_stream import (
     skewed_codes,
     uniform_codes,
 )
-from lookupffn.models import LookupRobertaForMaskedLM
+from lookupffn.train.data import load_tokenizer
 
 BATCH = 64
 L2_BYTES = [256 << 10, 512 << 10, 1 << 20, 2 << 20]

@@ -122,7 +122,7 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
   if (stages) *stages = {0, 0, 0};
   if (tokens == 0) return;
   const int tile = std::max(1, std::min({tiling.tile_tokens, kMaxTile, int(std::min<int64_t>(tokens, kMaxTile))}));
-  const int pass = std::max(1, std::min(tiling.groups_a_pass, l.groups));
+  const int pass = std::max(1, std::min(tiling.groups_per_block, l.groups));
   const int rows_a_pass = pass * l.h.reads * kLanes;
   const bool serial = stages || threads.count <= 1 || tokens <= tiling.serial_tokens;
   // Few tokens read rows that lie in memory. So many slices of a row are asked for as soon as its code is known, after one
@@ -130,7 +130,7 @@ void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, c
   const size_t slice_rows = size_t(tokens) * l.slots * l.slice_bytes;
   const bool few = serial && (tokens == 1 || slice_rows * l.slices <= kEarlyBytes);
   const int early = few ? int(std::min<size_t>(l.slices, std::max<size_t>(1, kAskedBytes / slice_rows))) : 0;
-  const int64_t wanted = (std::max(tiling.prefetch_rows, 0) + rows_a_pass - 1) / rows_a_pass;  // tokens
+  const int64_t wanted = (std::max(tiling.prefetch_distance, 0) + rows_a_pass - 1) / rows_a_pass;  // tokens
   const int ahead = int(std::min(wanted, tokens - 1));
   const auto run = [&](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
     const auto guarded = [&](int64_t begin, int64_t end) {

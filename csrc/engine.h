@@ -15,8 +15,8 @@ struct Threads {
 
 struct Tiling {
   int tile_tokens;        // tokens that are projected at once
-  int groups_a_pass;      // groups of 16 tables whose slice is to stay in L2
-  int prefetch_rows;      // how many rows ahead of their use rows are asked for; 0 for not at all
+  int groups_per_block;      // groups of 16 tables whose slice is to stay in L2
+  int prefetch_distance;      // how many rows ahead of their use rows are asked for; 0 for not at all
   int serial_tokens;      // batches up to this size run on the calling thread alone
 };
 

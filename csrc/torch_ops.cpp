@@ -12,16 +12,16 @@ void check_bytes(const Tensor& packed) {
         "packed must be a contiguous vector of bytes on the CPU, not " + shape(packed));
 }
 
-Tiling tiling(int64_t tile_tokens, int64_t groups_a_pass, int64_t prefetch_rows, int64_t serial_tokens) {
-  check(tile_tokens > 0 && groups_a_pass > 0 && prefetch_rows >= 0 && serial_tokens >= 0,
-        "tile_tokens and groups_a_pass must be positive, prefetch_rows and serial_tokens not negative");
+Tiling tiling(int64_t tile_tokens, int64_t groups_per_block, int64_t prefetch_distance, int64_t serial_tokens) {
+  check(tile_tokens > 0 && groups_per_block > 0 && prefetch_distance >= 0 && serial_tokens >= 0,
+        "tile_tokens and groups_per_block must be positive, prefetch_distance and serial_tokens not negative");
   const auto narrow = [](int64_t n) { return int(std::min<int64_t>(n, 1 << 24)); };
-  return {narrow(tile_tokens), narrow(groups_a_pass), narrow(prefetch_rows), narrow(serial_tokens)};
+  return {narrow(tile_tokens), narrow(groups_per_block), narrow(prefetch_distance), narrow(serial_tokens)};
 }
 
-Tensor prepared(const Tensor& x, const Tensor& packed, int64_t out_features, int64_t tile_tokens, int64_t groups_a_pass,
-                int64_t prefetch_rows, int64_t serial_tokens, std::string isa) {
-  check(x.is_cpu(), "a prepared layer runs on the CPU; move the input there");
+Tensor packed_forward(const Tensor& x, const Tensor& packed, int64_t out_features, int64_t tile_tokens, int64_t groups_per_block,
+                int64_t prefetch_distance, int64_t serial_tokens, std::string isa) {
+  check(x.is_cpu(), "a packed layer runs on the CPU; move the input there");
   const ScalarType type = x.scalar_type();
   check(x.dim() >= 1 && (type == ScalarType::BFloat16 || type == ScalarType::Float),
         "x must be (..., features) in float32 or bfloat16, not " + shape(x));
@@ -45,13 +45,13 @@ Tensor prepared(const Tensor& x, const Tensor& packed, int64_t out_features, int
   const bool bfloat16 = type == ScalarType::BFloat16;
   forward(implementation, layer, {const_cast<void*>(rows.const_data_ptr()), last == 1 ? rows.stride(0) : features, bfloat16},
           {y.mutable_data_ptr(), out_features, bfloat16}, x.numel() / features,
-          tiling(tile_tokens, groups_a_pass, prefetch_rows, serial_tokens), torch_threads());
+          tiling(tile_tokens, groups_per_block, prefetch_distance, serial_tokens), torch_threads());
   return y;
 }
 
 // Seconds that one thread spends in projection, hash and gather of a call, (3); for `lookupffn bench`.
-Tensor stage_seconds(const Tensor& x, const Tensor& packed, int64_t tile_tokens, int64_t groups_a_pass,
-                     int64_t prefetch_rows) {
+Tensor stage_seconds(const Tensor& x, const Tensor& packed, int64_t tile_tokens, int64_t groups_per_block,
+                     int64_t prefetch_distance) {
   check_bytes(packed);
   Layer layer;
   const std::string wrong = parse_layer(packed.const_data_ptr(), size_t(packed.numel()), &layer);
@@ -63,7 +63,7 @@ Tensor stage_seconds(const Tensor& x, const Tensor& packed, int64_t tile_tokens,
   StageSeconds seconds;
   forward(kernels(), layer, {const_cast<void*>(x.const_data_ptr()), x.size(1), false},
           {y.mutable_data_ptr(), layer.h.out_features, false}, x.size(0),
-          tiling(tile_tokens, groups_a_pass, prefetch_rows, 0), torch_threads(), &seconds);
+          tiling(tile_tokens, groups_per_block, prefetch_distance, 0), torch_threads(), &seconds);
   Tensor out = empty({3}, ScalarType::Double);
   double* values = static_cast<double*>(out.mutable_data_ptr());
   values[0] = seconds.project, values[1] = seconds.hash, values[2] = seconds.gather;
@@ -92,16 +92,16 @@ std::string all_implementations() {  // one a line: name, tab, runs here, tab, n
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lookupffn, m) {
   m.def(
-      "prepared(Tensor x, Tensor packed, int out_features, int tile_tokens, int groups_a_pass, int prefetch_rows, "
+      "packed_forward(Tensor x, Tensor packed, int out_features, int tile_tokens, int groups_per_block, int prefetch_distance, "
       "int serial_tokens, str isa='') -> Tensor");
-  m.def("stage_seconds(Tensor x, Tensor packed, int tile_tokens, int groups_a_pass, int prefetch_rows) -> Tensor");
+  m.def("stage_seconds(Tensor x, Tensor packed, int tile_tokens, int groups_per_block, int prefetch_distance) -> Tensor");
   m.def("check_packed(Tensor packed) -> str");
   m.def("implementation(str isa) -> str");
   m.def("all_implementations() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lookupffn, CPU, m) {
-  m.impl("prepared", TORCH_BOX(&lookupffn::prepared));
+  m.impl("packed_forward", TORCH_BOX(&lookupffn::packed_forward));
   m.impl("stage_seconds", TORCH_BOX(&lookupffn::stage_seconds));
   m.impl("check_packed", TORCH_BOX(&lookupffn::check_packed));
 }

@@ -1,24 +1,27 @@
 """LookupFFN: Transformer feed-forward layers as learned hashing and table lookup (ICML 2023), cheap on CPUs."""
 
 from lookupffn.diagnostics import HashMonitor
-from lookupffn.engine import PreparedLookupFFN, load_packed, prepare, save_packed
+from lookupffn.errors import InputError, PackedError
 from lookupffn.layer import BH4, LookupConfig, LookupFFN
+from lookupffn.machine import respect_cpu_quota
 from lookupffn.ops import bh4, gather, hash_codes
-from lookupffn.packed import PackedError
+from lookupffn.runtime.packed import PackedLookupFFN, load_packed, pack, save_packed
 
 __version__ = "0.1.0"
 __all__ = [
     "BH4",
     "HashMonitor",
+    "InputError",
     "LookupConfig",
     "LookupFFN",
     "PackedError",
-    "PreparedLookupFFN",
+    "PackedLookupFFN",
     "__version__",
     "bh4",
     "gather",
     "hash_codes",
     "load_packed",
-    "prepare",
+    "pack",
+    "respect_cpu_quota",
     "save_packed",
 ]

@@ -15,15 +15,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lookupffn import __version__, hardware, native
-from lookupffn.hardware import commands
-from lookupffn.recipe import FinetuneConfig, InputError, Optimisation, PretrainConfig
+from lookupffn import __version__, machine, native
+from lookupffn.errors import InputError
+from lookupffn.lab.hardware import commands
+from lookupffn.train.config import FinetuneConfig, Optimisation, PretrainConfig
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent / "train" / "recipes"
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(commands.app, name="hardware")
 app.command()(commands.advise)
+
+
+@app.callback()
+def _every_command() -> None:
+    machine.respect_cpu_quota()
 
 
 @app.command()
@@ -81,19 +87,19 @@ def info():
         implementation = native.implementation()
     except RuntimeError as error:
         raise InputError(str(error)) from None
-    console, quota = Console(soft_wrap=True), hardware.cgroup_quota()
-    console.print(f"[bold]lookupffn {__version__}[/] on {hardware.cpu_name()}")
+    console, quota = Console(soft_wrap=True), machine.cgroup_quota()
+    console.print(f"[bold]lookupffn {__version__}[/] on {machine.cpu_name()}")
     console.print(f"kernels: [bold]{implementation}[/] ({why})")
     table = Table("implementation", "runs here", "needs")
     for i in native.implementations():
         table.add_row(i["name"], "yes" if i["runs_here"] else "no", i["needs"])
     if table.row_count:
         console.print(table)
-    for cache in hardware.caches():
+    for cache in machine.caches():
         console.print(
             f"L{cache['level']} cache: {cache['bytes'] // 2**10:,} KiB, shared by {cache['shared_by']} logical CPUs"
         )
-    console.print(f"huge pages: {hardware.huge_pages()}")
+    console.print(f"huge pages: {machine.huge_pages()}")
     console.print(f"threads: {torch.get_num_threads()}; CPU quota of the control group: {quota or 'none'}")
 
 
@@ -110,10 +116,10 @@ def bench(
     training: Annotated[bool, typer.Option(help="time a training step of the layer as well")] = True,
     seed: Annotated[int, typer.Option(help="of weights and input")] = 0,
 ):
-    """Times prepared lookup layers beside every dense FFN engine that is installed, on this machine."""
+    """Times packed lookup layers beside every dense FFN engine that is installed, on this machine."""
     if min(*hidden_size, *tokens, *(threads or [1])) < 1 or not seconds > 0:
         raise InputError("hidden sizes, tokens, threads and seconds must be positive")
-    from lookupffn import bench as run  # only now: it takes seconds to import
+    from lookupffn.bench import benchmark as run
 
     console, counts = Console(soft_wrap=True), threads or sorted({1, torch.get_num_threads()})
     shapes = [(width, 4 * width) for width in hidden_size]
@@ -132,7 +138,7 @@ def pretrain(config: str | None, **flags) -> None:
     """
     checked = _settings(PretrainConfig, config, flags)
 
-    from lookupffn.training import pretrain as run  # only now: it takes seconds to import
+    from lookupffn.train.pretrain import pretrain as run
 
     _quiet()
     result = run(checked)
@@ -156,7 +162,7 @@ def finetune(config: str | None, **flags) -> None:
     """Fine-tunes a pretrained model as a classifier of texts and measures its accuracy on others."""
     checked = _settings(FinetuneConfig, config, flags)
 
-    from lookupffn.finetuning import finetune as run  # only now: it takes seconds to import
+    from lookupffn.train.finetune import finetune as run
 
     _quiet()
     r = run(checked)
@@ -258,7 +264,7 @@ def compare(
     steps = steps or [common.get("steps", PretrainConfig.steps)]
     if jobs < 1 or not seconds > 0:
         raise InputError(f"jobs and seconds must be positive, not {jobs} and {seconds}")
-    from lookupffn import compare as lab  # only now: it takes seconds to import
+    from lookupffn.lab import compare as lab
 
     _quiet()
     names = [name.strip() for name in ffn.split(",") if name.strip()]
@@ -277,7 +283,7 @@ def demo(
     """Trains a dense and a lookup twin on Python's own standard library and writes a report that compares them."""
     if not minutes > 0 or (steps is not None and steps < 1):
         raise InputError(f"minutes and steps must be positive, not {minutes} and {steps}")
-    from lookupffn.demo import demo as run  # only now: it takes seconds to import
+    from lookupffn.lab.demo import demo as run
 
     _quiet()
     run(output_dir, minutes=minutes, steps=steps, seed=seed)

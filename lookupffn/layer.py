@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lookupffn import ops
-from lookupffn.checks import check
+from lookupffn.errors import check
 from lookupffn.reference import STAGES, next_power_of_two
 
 PROJECTIONS = ("bh4", "dense", "none")

@@ -10,20 +10,16 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from lookupffn import LookupConfig, LookupFFN, native, ops, prepare, reference
-from lookupffn.packed import (
-    TABLE_TYPES,
-    WEIGHT_TYPES,
-    read_header,
-)
-from lookupffn.tiling import Tiling
+from lookupffn import LookupConfig, LookupFFN, native, ops, pack, reference
+from lookupffn.runtime.format import TABLE_TYPES, WEIGHT_TYPES, read_header
+from lookupffn.runtime.tuning import Tiling
 
 F64 = torch.float64
 EPS = 2.0**-24
 EXAMPLES = int(os.environ.get("LOOKUPFFN_TEST_EXAMPLES", "0"))  # of all property tests together; 0: a short run
 SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 97, 128, 130, 200]
 IMPLEMENTATIONS = [i["name"] for i in native.implementations() if i["runs_here"]]
-PAIRS = [("int8", "int8"), ("bfloat16", "int16"), ("float32", "float32")]  # tables, projection: what prepare chooses
+PAIRS = [("int8", "int8"), ("bfloat16", "int16"), ("float32", "float32")]  # tables, projection: what pack chooses
 
 every_implementation = pytest.mark.parametrize("isa", IMPLEMENTATIONS)
 every_pair = pytest.mark.parametrize(("tables", "projection"), PAIRS)
@@ -46,8 +42,8 @@ def run_python(code, timeout=120, **environment):
 def call(packed, x, isa="", tiling=None):
     t = tiling or Tiling()
     out_features = read_header(packed)["out_features"]
-    return torch.ops.lookupffn.prepared(
-        x, packed, out_features, t.tile_tokens, t.groups_a_pass, t.prefetch_rows, t.serial_tokens, isa
+    return torch.ops.lookupffn.packed_forward(
+        x, packed, out_features, t.tile_tokens, t.groups_per_block, t.prefetch_distance, t.serial_tokens, isa
     )
 
 
@@ -67,9 +63,9 @@ def trained(config, seed=0):
     return layer
 
 
-def prepared(config, tables="int8", projection="int8"):
+def packed_layer(config, tables="int8", projection="int8"):
     layer = trained(config)
-    return prepare(layer, tables, projection_dtype=projection, tune=False)
+    return pack(layer, tables, projection=projection)
 
 
 # ---- What must come out ----------------------------------------------------------------------------------------------
@@ -169,8 +165,8 @@ def make_input(tokens, layout, bfloat16, width, seed):
 tilings = st.builds(
     Tiling,
     tile_tokens=st.sampled_from([1, 2, 5, 24, 96, 1000]),
-    groups_a_pass=st.sampled_from([1, 2, 3, 1 << 20]),
-    prefetch_rows=st.sampled_from([0, 1, 17, 128, 100_000]),
+    groups_per_block=st.sampled_from([1, 2, 3, 1 << 20]),
+    prefetch_distance=st.sampled_from([0, 1, 17, 128, 100_000]),
     serial_tokens=st.sampled_from([0, 4]),
 )
 types = st.tuples(st.sampled_from(list(TABLE_TYPES)), st.sampled_from(list(WEIGHT_TYPES)))

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lookupffn.__main__ import _assignment, _read_config, app, main
-from lookupffn.recipe import PretrainConfig
+from lookupffn.train.config import PretrainConfig
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_bad_file_of_recipes_is_named(tmp_path, run, text, message):
 
 
 def test_the_recipes_of_the_experiments_can_be_planned():
-    from lookupffn.compare import plan
+    from lookupffn.lab.compare import plan
 
     for name in ("quality", "levers", "imdb-small"):
         file = _read_config(str(Path(__file__).parents[1] / "experiments" / f"{name}.yaml"))

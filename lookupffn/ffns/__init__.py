@@ -8,55 +8,75 @@ An FFN is a module ``x (..., hidden_size)`` to the same, with
 - ``auxiliary_loss``, where its method has one: set by ``forward`` in training, weighted, a mean over tokens;
 - ``row_parameters``, where a token reads rows of some parameters: their names, for a learning rate of their own.
 
-To add one: a file in this folder with the module, whose constructor takes ``(hidden_size, intermediate_size, *,
-options)``, and an entry in ``FFNS``. The model reads what the options are from the constructor's signature.
+Its constructor takes ``(hidden_size, intermediate_size, *, options)``; a model reads what the options are from the
+constructor's signature. One of your own, in your own package::
+
+    @lookupffn.ffns.register("mine")
+    class MyFFN(nn.Module): ...
+
+An FFN of this folder is imported when it is first asked for.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 
 from torch import nn
 
-from lookupffn.ffns.block_diagonal import BlockDiagonalFFN
-from lookupffn.ffns.dense import DenseFFN
-from lookupffn.ffns.fast_feedforward import FastFeedForward
-from lookupffn.ffns.low_rank import LowRankFFN
-from lookupffn.ffns.memory_former import MemoryFormerFFN
-from lookupffn.ffns.monarch import MonarchFFN
-from lookupffn.ffns.mongoose import MongooseFFN
-from lookupffn.ffns.product_key import ProductKeyFFN
-from lookupffn.ffns.slide import SlideFFN
-from lookupffn.ffns.switch import SwitchFFN
-from lookupffn.ffns.variants import LookupVariantFFN
-from lookupffn.ffns.yoso import YosoFFN
-from lookupffn.layer import LookupConfig, LookupFFN
+from lookupffn.errors import check
+from lookupffn.layer import LookupConfig
 
-
-def _lookup(hidden_size: int, intermediate_size: int, **options) -> LookupFFN:
-    return LookupFFN(LookupConfig(hidden_size, hidden_size, **options))
-
-
-FFNS: dict[str, Callable[..., nn.Module]] = {
-    "dense": DenseFFN,
-    "lookup": _lookup,
-    "lookup-variant": LookupVariantFFN,
-    "slide": SlideFFN,
-    "mongoose": MongooseFFN,
-    "yoso": YosoFFN,
-    "switch": SwitchFFN,
-    "block-diagonal": BlockDiagonalFFN,
-    "monarch": MonarchFFN,
-    "low-rank": LowRankFFN,
-    "product-key": ProductKeyFFN,
-    "fast-feedforward": FastFeedForward,
-    "memory-former": MemoryFormerFFN,
+_FILES = {
+    "dense": "dense.DenseFFN",
+    "lookup": "lookup.lookup_ffn",
+    "lookup-variant": "variants.LookupVariantFFN",
+    "slide": "slide.SlideFFN",
+    "mongoose": "mongoose.MongooseFFN",
+    "yoso": "yoso.YosoFFN",
+    "switch": "switch.SwitchFFN",
+    "block-diagonal": "block_diagonal.BlockDiagonalFFN",
+    "monarch": "monarch.MonarchFFN",
+    "low-rank": "low_rank.LowRankFFN",
+    "product-key": "product_key.ProductKeyFFN",
+    "fast-feedforward": "fast_feedforward.FastFeedForward",
+    "memory-former": "memory_former.MemoryFormerFFN",
 }
+_registered: dict[str, Callable[..., nn.Module]] = {}
+
+
+def names() -> list[str]:
+    """Names of all feed-forward layers, those registered from outside last."""
+    return list(dict.fromkeys([*_FILES, *_registered]))
+
+
+def register(name: str) -> Callable:
+    """Decorator: makes a class or function the feed-forward layer ``name``, for ``ffn=name`` in a model's config.
+
+    Raises:
+        ValueError: another layer has this name.
+    """
+
+    def add(constructor: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        check(name not in names(), "name", name, f"other than those that are taken ({', '.join(names())})")
+        _registered[name] = constructor
+        return constructor
+
+    return add
+
+
+def constructor(name: str) -> Callable[..., nn.Module]:
+    """The constructor of the feed-forward layer ``name``. Raises ValueError where there is none."""
+    check(name in names(), "ffn", name, f"one of {', '.join(names())}")
+    if name in _registered:
+        return _registered[name]
+    file, _, attribute = _FILES[name].partition(".")
+    return getattr(import_module(f"lookupffn.ffns.{file}"), attribute)
 
 
 def known_options(ffn: str) -> list[str]:
     """Names of the options that the feed-forward layer ``ffn`` takes."""
-    parameters = inspect.signature(FFNS[ffn]).parameters.values()
+    parameters = inspect.signature(constructor(ffn)).parameters.values()
     own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("device", "dtype")]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):  # the rest goes to a LookupConfig
         sizes = {"in_features", "out_features", "version"}
@@ -68,12 +88,11 @@ def build_ffn(config) -> nn.Module:
     """The feed-forward layer that ``config.ffn`` and ``config.ffn_options`` describe.
 
     Raises:
-        ValueError: the name is not in ``FFNS``, it has no such option, or an option is out of range.
+        ValueError: there is no such layer, it has no such option, or an option is out of range.
         TypeError: an option has the wrong type.
     """
-    if config.ffn not in FFNS:
-        raise ValueError(f"ffn must be one of {', '.join(FFNS)}, not {config.ffn!r}")
+    build = constructor(config.ffn)
     if unknown := sorted(config.ffn_options.keys() - set(known_options(config.ffn))):
         known = ", ".join(known_options(config.ffn)) or "none"
         raise ValueError(f"ffn_options of {config.ffn} cannot be {', '.join(unknown)}; known are {known}")
-    return FFNS[config.ffn](config.hidden_size, config.intermediate_size, **config.ffn_options)
+    return build(config.hidden_size, config.intermediate_size, **config.ffn_options)

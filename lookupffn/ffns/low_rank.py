@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookupffn.checks import check
+from lookupffn.errors import check
 
 
 class LowRankFFN(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookupffn import ops
-from lookupffn.checks import check
+from lookupffn.errors import check
 
 
 class MemoryLayer(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookupffn.checks import check
+from lookupffn.errors import check
 from lookupffn.ffns.hashed import HashedFFN, hash_codes
 
 

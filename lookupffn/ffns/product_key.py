@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lookupffn import ops  # noqa: F401 - registers torch.ops.lookupffn.gather
-from lookupffn.checks import check
+from lookupffn.errors import check
 from lookupffn.ffns.block_diagonal import block_product
 
 

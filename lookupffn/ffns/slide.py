@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lookupffn.checks import check
+from lookupffn.errors import check
 from lookupffn.ffns.hashed import HashedFFN
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookupffn.checks import check
+from lookupffn.errors import check
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.layer import BH4, LookupConfig, LookupFFN
 from lookupffn.reference import STAGES

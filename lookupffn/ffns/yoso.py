@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookupffn.checks import check
+from lookupffn.errors import check
 from lookupffn.ffns.hashed import count_collisions, hash_codes, recomputing
 from lookupffn.reference import hadamard_matrix, next_power_of_two
 

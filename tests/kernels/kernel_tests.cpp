@@ -28,7 +28,7 @@ void check_forward(const Kernels& k, const Layer& l, const Input& in, int begin,
   const Tiling tiling = random_tiling(random);
   const int count = random.pick({1, 1, 2, 3, 5});
   const std::string what = text("%s, tokens %d to %d, tile %d, %d groups a pass, %d rows ahead, serial to %d, %d threads",
-                                k.name, begin, end, tiling.tile_tokens, tiling.groups_a_pass, tiling.prefetch_rows,
+                                k.name, begin, end, tiling.tile_tokens, tiling.groups_per_block, tiling.prefetch_distance,
                                 tiling.serial_tokens, count);
   Output out(end - begin, l.h.out_features, y_bf16, random);
   Rows x = in.rows;

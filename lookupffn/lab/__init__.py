@@ -1,0 +1,1 @@
+"""What we study and show with: may import everything, and nothing imports it."""

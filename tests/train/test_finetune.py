@@ -1,0 +1,134 @@
+"""Fine-tuning: it learns, saves a classifier that loads, and refuses what does not fit before it writes anything."""
+
+import csv
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lookupffn.errors import InputError
+from lookupffn.train.config import FinetuneConfig, PretrainConfig
+from lookupffn.train.finetune import finetune
+from lookupffn.train.pretrain import pretrain
+
+WORDS = {"good": "fine great lovely warm", "bad": "dull awful poor cold"}
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def write(path, rows, header=("text", "label")):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return str(path)
+
+
+def rows(count, seed):
+    rng = random.Random(seed)
+    labels = [rng.choice(list(WORDS)) for _ in range(count)]
+    return [(" ".join(rng.choices(WORDS[label].split(), k=9)), label) for label in labels]
+
+
+@pytest.fixture(scope="module", params=["lookup", "switch"])  # the second with a loss of its own
+def pretrained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(text for text, _ in rows(300, 1)))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 300}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOOKUPFFN_CACHE", str(folder / "cache"))
+        config = PretrainConfig(
+            output_dir=str(folder), ffn=request.param, data=str(text), model=sizes, sequence_length=16, steps=2,
+            batch_size=4, warmup_steps=1, log_every=1, evaluate_every=2, save_every=0, validation_fraction=0.1,
+            evaluation_sequences=4,
+        )  # fmt: skip
+        pretrain(config)
+    return folder / "model"
+
+
+@pytest.fixture
+def files(tmp_path):
+    return {"train": write(tmp_path / "train.csv", rows(192, 2)), "test": write(tmp_path / "test.csv", rows(50, 3))}
+
+
+def config_for(pretrained, tmp_path, files, **changes):
+    settings = {"max_length": 32, "epochs": 3, "learning_rate": 3e-3, "output_dir": str(tmp_path / "out")}
+    return FinetuneConfig(**{"model": str(pretrained)} | files | settings | changes)
+
+
+def test_it_learns_and_saves_a_classifier_that_gives_the_same_answers(pretrained, tmp_path, files, one_thread):
+    results = finetune(config_for(pretrained, tmp_path, files))
+    assert results["accuracy"] > 0.95
+    assert results["classes"] == ["bad", "good"]
+    assert (results["texts_trained"], results["texts_tested"]) == (192, 50)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["accuracy"] == results["accuracy"]
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    tests = rows(50, 3)
+    with torch.no_grad():
+        logits = model(**tokenizer([text for text, _ in tests], return_tensors="pt", padding=True)).logits
+    right = [model.config.id2label[int(i)] == label for i, (_, label) in zip(logits.argmax(1), tests, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(results["accuracy"])
+
+
+def test_two_runs_with_one_seed_are_equal(pretrained, tmp_path, files, one_thread):
+    first, second = (
+        finetune(config_for(pretrained, tmp_path, files, epochs=1, output_dir=str(tmp_path / name))) for name in "ab"
+    )
+    assert first["accuracy"] == second["accuracy"]
+    a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_pairs_of_sentences_and_whole_numbers(pretrained, tmp_path, one_thread):
+    pairs = [(text, text if i % 2 else "dull", i % 2) for i, (text, _) in enumerate(rows(40, 4))]
+    path = write(tmp_path / "pairs.csv", pairs, ("a", "b", "same"))
+    files = {"train": path, "test": path}
+    results = finetune(config_for(pretrained, tmp_path, files, text_column="a, b", label_column="same", epochs=1))
+    assert results["classes"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "nowhere"}, "nowhere"),
+        ({"train": "nowhere.csv"}, r"nowhere.csv: give an existing file that ends in \.parquet, \.jsonl, \.csv"),
+        ({"text_column": "txt"}, r"train.csv: no column txt; there are text, label"),
+        ({"label_column": "score"}, "no column score"),
+        ({"max_length": 1000}, "max_length 1000 must be at most the model's max_position_embeddings, 512"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_written(change, message, pretrained, tmp_path, files):
+    with pytest.raises(InputError, match=message):
+        finetune(config_for(pretrained, tmp_path, files, **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_must_fit(pretrained, tmp_path, files):
+    one = write(tmp_path / "one.csv", [("text", "good")])
+    with pytest.raises(InputError, match="holds one class only"):
+        finetune(config_for(pretrained, tmp_path, {"train": one, "test": one}))
+    new = write(tmp_path / "new.csv", [("text", "so-so")])
+    with pytest.raises(InputError, match=r"new.csv: classes \['so-so'\] do not occur in .*train.csv"):
+        finetune(config_for(pretrained, tmp_path, files | {"test": new}))
+    numbers = write(tmp_path / "numbers.csv", [("text", 0.5)])
+    with pytest.raises(InputError, match="must hold whole numbers or words only, not float"):
+        finetune(config_for(pretrained, tmp_path, files | {"train": numbers}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", 0, "epochs must be at least 1, not 0"),
+        ("learning_rate", 0.0, "learning_rate must be more than 0"),
+        ("warmup_fraction", 1.0, "warmup_fraction must be at least 0 and less than 1"),
+        ("seed", -1, "seed must be at least 0"),
+        ("pooling", "max", "pooling must be one of mean, cls, not 'max'"),
+        ("batch_size", "many", "batch_size must be of type int, not 'many'"),
+    ],
+)
+def test_settings_out_of_range_are_named(name, value, message):
+    with pytest.raises(InputError, match=message):
+        FinetuneConfig(**{name: value})
