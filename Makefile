@@ -1,34 +1,45 @@
 # The two commands of a newcomer. Both set themselves up from a bare checkout; a second run reuses what is there.
 VENV := .venv
 READY := $(VENV)/.ready
+# Set-up leaves bytecode to the first import, which must be able to write it.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all bench clean
+.PHONY: demo test test-all check lint-cpp bench clean
 
 demo: $(READY)
 	@$(VENV)/bin/lookupffn demo
 
-test:
+test: check
+	@build/kernels/kernel_tests
+	@build/kernels/probe_tests
+	@$(VENV)/bin/python -m pytest
+
+# The long run: slow tests too, ten thousand random layers, and the kernels under sanitizers and on emulated processors.
+test-all: check
+	@LOOKUPFFN_TEST_EXAMPLES=10000 $(VENV)/bin/python -m pytest -m "slow or not slow" --timeout=3600
+	@scripts/test_native.sh
+	@build/native-release/kernel_tests --long
+
+# What needs no test to be seen: style, imports that run one way, types.
+check:
 	@scripts/setup.sh check-compiler
 	@$(MAKE) --no-print-directory $(READY)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/lint-imports --no-logo
+	@$(VENV)/bin/mypy
 
-# The long run: ten thousand random layers, and the kernels under sanitizers and on emulated processors.
-test-all: test
-	@LOOKUPFFN_TEST_EXAMPLES=10000 $(VENV)/bin/python -m pytest --timeout=3600 tests/test_packed.py tests/test_native.py \
-		tests/test_native_calls.py tests/test_native_training.py
-	@scripts/test_native.sh
-	@build/native-release/kernel_tests --long
+lint-cpp: $(READY)
+	@find csrc tests benchmarks -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-# Prepared lookup layers beside every dense engine; the rivals' packages are installed first.
+# Packed lookup layers beside every dense engine; the engines' packages are installed first.
 bench: $(READY)
-	@scripts/setup.sh install-rivals $(VENV)
+	@scripts/setup.sh install-bench $(VENV)
 	@$(VENV)/bin/lookupffn bench
 
-$(READY): pyproject.toml scripts/setup.sh CMakeLists.txt $(wildcard csrc/*)
+$(READY): pyproject.toml scripts/setup.sh CMakeLists.txt $(shell find csrc -type f)
 	@scripts/setup.sh install $(VENV)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -58,7 +58,7 @@ def run(program: Path, isa: str, gather: Gather, codes: np.ndarray, levels: list
         out, file = Path(folder, "out"), Path(folder, "codes")
         codes.astype(np.int32).tofile(file)
         valgrind = ["valgrind", "--tool=cachegrind", "--cache-sim=yes", f"--cachegrind-out-file={out}", *caches]
-        arguments = [program, g.order, g.dtype, isa, *sizes, g.ahead, flushed, rounds, file]
+        arguments = [program, g.order, g.dtype, isa, *sizes, g.prefetch_tokens, flushed, rounds, file]
         ran = subprocess.run([*valgrind, *map(str, arguments)], capture_output=True, text=True)
         if ran.returncode:
             raise SystemExit(f"{' '.join(map(str, arguments))}\n{ran.stderr}")
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--out-features", type=int, default=256)
     parser.add_argument("--dtype", nargs="+", default=["int8", "float32"])
     parser.add_argument("--order", nargs="+", default=["sliced", "token", "table"])
-    parser.add_argument("--groups-a-pass", type=int, nargs="+", default=[1 << 20, 1], help="of the sliced order")
+    parser.add_argument("--groups-per-block", type=int, nargs="+", default=[1 << 20, 1], help="of the sliced order")
     parser.add_argument("--d1", type=int, nargs=2, default=[32 << 10, 8], metavar=("BYTES", "WAYS"))
     parser.add_argument("--ll", type=int, nargs=2, default=[1 << 20, 16], metavar=("BYTES", "WAYS"))
     parser.add_argument("--json", type=Path, help="file to add the JSON lines to; without it they are printed")
@@ -121,9 +121,8 @@ def main() -> None:
         codes["trained"] = trained[: a.tokens, : a.num_tables]
     program, levels = a.program or built(), [Cache(*a.d1), Cache(*a.ll)]
     version = subprocess.run(["valgrind", "--version"], capture_output=True, text=True).stdout.strip()
-    print(
-        f"{'codes':8} {'order':7} {'pass':>4} {'dtype':9} {'level':5} {'simulated':>10} {'cachegrind':>10} {'ratio':>6}"
-    )
+    headings = f"{'codes':8} {'order':7} {'block':>5} {'dtype':9} {'level':5} {'simulated':>10} {'cachegrind':>10}"
+    print(f"{headings} {'ratio':>6}")
     records = []
     for (name, array), dtype, order in itertools.product(codes.items(), a.dtype, a.order):
         _, num_tables, reads = array.shape
@@ -133,7 +132,7 @@ def main() -> None:
             for r in compare(program, a.isa, gather, array, levels):
                 records.append({"what": "cachegrind", "codes": name, **r, "seed": 0, "valgrind": version})
                 print(
-                    f"{name:8} {order:7} {r['groups_per_block']:4} {dtype:9} {r['level']:5} {r['simulated_misses']:10} "
+                    f"{name:8} {order:7} {r['groups_per_block']:5} {dtype:9} {r['level']:5} {r['simulated_misses']:10} "
                     f"{r['cachegrind_misses']:10} {r['ratio']:6.3f}",
                     flush=True,
                 )

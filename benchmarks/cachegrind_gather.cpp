@@ -1,10 +1,11 @@
 // The gather for given codes, in each loop order, as a program that cachegrind can run: benchmarks/cachegrind.py.
 //
-//   cachegrind_gather ORDER DTYPE ISA TOKENS T K E READS SLICE GROUPS_A_PASS AHEAD FLUSH_BYTES ROUNDS CODES
+//   cachegrind_gather ORDER DTYPE ISA TOKENS T K E READS SLICE GROUPS_PER_BLOCK PREFETCH_TOKENS FLUSH_BYTES ROUNDS
+//   CODES
 //
-// CODES is a file of int32 (tokens, T, reads). Caches are filled with FLUSH_BYTES of other memory before the first round.
-// Prints where each buffer begins, in bytes, and the nanoseconds a token of the fastest round.
-// Beyond 2,048 tokens a sliced round also copies the codes of each chunk to their place, which then counts too.
+// CODES is a file of int32 (tokens, T, reads). Caches are filled with FLUSH_BYTES of other memory before the first
+// round. Prints where each buffer begins, in bytes, and the nanoseconds a token of the fastest round. Beyond 2,048
+// tokens a sliced round also copies the codes of each chunk to their place, which then counts too.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -15,13 +16,13 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
+#include "kernels/dispatch.h"
 
 using namespace lookupffn;
 
 namespace {
 
-constexpr int64_t kChunk = 2048;  // as in engine.cpp
+constexpr int64_t kChunk = 2048;  // as in model/lookup.cpp
 
 uint8_t* buffer(const char* name, size_t bytes) {
   const size_t whole = (bytes + 63) / 64 * 64;
@@ -84,34 +85,37 @@ struct Plain {  // buffers and sizes of the two orders that take whole rows
   }
 
   template <typename Row>
-  void run(bool by_token) const { by_token ? token_by_token<Row>() : table_by_table<Row>(); }
+  void run(bool by_token) const {
+    by_token ? token_by_token<Row>() : table_by_table<Row>();
+  }
 };
 
-struct Sliced {  // what engine.cpp has between its two phases
-  const Kernels& kernels;
-  Layer layer;
-  int64_t tokens;
-  int groups_per_block, ahead;
+struct Sliced {  // what model/lookup.cpp has between its two phases
+  const InferenceKernels& kernels;
+  int groups_per_block;
   std::vector<int32_t> given;
   uint16_t* codes;
-  void* scores;
-  float *steps, *sums, *y;
+  GatherArgs args;
 
-  // The codes of a chunk, as Kernels::hash leaves them; their place serves every chunk.
+  // The codes of a chunk, as the kernel hash leaves them; their place serves every chunk.
   void fill(int64_t start, int64_t count) const {
-    const Layer& l = layer;
+    const TableSlices& s = args.tables;
     for (int64_t token = 0; token < count; token++)
-      for (int t = 0; t < l.h.num_tables; t++)
-        for (int n = 0; n < l.h.reads; n++)
-          codes[token * l.slots + (t / kLanes * l.h.reads + n) * kLanes + t % kLanes] =
-              uint16_t(given[((start + token) * l.h.num_tables + t) * l.h.reads + n]);
+      for (int t = 0; t < s.num_tables; t++)
+        for (int n = 0; n < s.reads; n++)
+          codes[token * s.slots() + (t / kLanes * s.reads + n) * kLanes + t % kLanes] =
+              uint16_t(given[((start + token) * s.num_tables + t) * s.reads + n]);
   }
 
-  void run(int64_t start, int64_t count) const {  // phase 2 of engine.cpp on one thread
-    for (int slice = 0; slice < layer.slices; slice++)
-      for (int g = 0; g < layer.groups; g += groups_per_block)
-        kernels.gather(layer, slice, g, std::min(g + groups_per_block, layer.groups), 0, count, codes, scores, steps, sums,
-                       {y, layer.h.out_features, false}, start, ahead);
+  void run(int64_t start, int64_t count) const {  // the second phase on one thread
+    const int groups = groups_of(args.tables.num_tables);
+    GatherArgs a = args;
+    a.end = count, a.y_token = start;
+    for (a.slice = 0; a.slice * a.tables.slice < a.out_features; a.slice++)
+      for (a.first = 0; a.first < groups; a.first = a.last) {
+        a.last = std::min(a.first + groups_per_block, groups);
+        kernels.gather(a);
+      }
   }
 };
 
@@ -156,8 +160,16 @@ void gather(char** argument) {
     const void* rows = buffer("tables", size_t(tables * table_rows * width) * item);
     int32_t* const codes_here = buffer<int32_t>("codes", codes.size(), 0);
     std::copy(codes.begin(), codes.end(), codes_here);
-    const Plain plain = {tokens, tables, table_rows, reads, width, rows, codes_here, buffer("scores", codes.size(), 0.01f),
-                         buffer("bias", size_t(width), 0.5f), buffer("y", size_t(tokens * width), 0.0f)};
+    const Plain plain = {tokens,
+                         tables,
+                         table_rows,
+                         reads,
+                         width,
+                         rows,
+                         codes_here,
+                         buffer("scores", codes.size(), 0.01f),
+                         buffer("bias", size_t(width), 0.5f),
+                         buffer("y", size_t(tokens * width), 0.0f)};
     flush(size_t(number(12)));
     rounds(count, tokens, [&] {
       if (item == 1)
@@ -170,24 +182,39 @@ void gather(char** argument) {
     return;
   }
 
-  Layer l{};  // as parse_layer makes it, without a projection
-  l.h.out_features = int(width), l.h.num_tables = int(tables), l.h.reads = int(reads), l.h.table_rows = int(table_rows);
-  l.h.slice = int(number(9));
-  l.h.table_type = item == 1 ? TableType::kInt8 : item == 2 ? TableType::kBFloat16 : TableType::kFloat32;
-  l.groups = int((tables + kLanes - 1) / kLanes);
-  l.slots = l.groups * int(reads) * kLanes;
-  l.slices = int((width + l.h.slice - 1) / l.h.slice);
-  l.slice_bytes = size_t(l.h.slice) * item;
-  l.tables = buffer("tables", size_t(l.slices * tables * table_rows) * l.slice_bytes);
-  l.bias = buffer("bias", size_t(l.slices) * l.h.slice, 0.5f);
+  TableSlices s = {.type = item == 1   ? TableType::kInt8
+                           : item == 2 ? TableType::kBFloat16
+                                       : TableType::kFloat32,
+                   .num_tables = int(tables),
+                   .table_rows = int(table_rows),
+                   .reads = int(reads),
+                   .slice = int(number(9)),
+                   .rows = nullptr};
+  const size_t slices = size_t(width + s.slice - 1) / s.slice;
+  s.rows = buffer("tables", slices * tables * s.table_bytes());
+  const float* const bias = buffer("bias", slices * s.slice, 0.5f);
   const int64_t chunk = std::min(tokens, kChunk);
-  const size_t slots = size_t(chunk) * l.slots;
+  const size_t slots = size_t(chunk) * s.slots();
   uint16_t* const places = buffer<uint16_t>("codes", slots, 0);
   void* scores = item == 1 ? static_cast<void*>(buffer<uint8_t>("scores", slots, 1)) : buffer("scores", slots, 0.01f);
-  float* const steps = buffer("steps", size_t(chunk), 0.01f);
-  float* const sums = buffer("sums", size_t(chunk) * l.h.slice, 0.0f);
-  const Sliced sliced = {kernels_named(isa), l, tokens, int(number(10)), int(number(11)), std::move(codes), places, scores,
-                         steps, sums, buffer("y", size_t(tokens * width), 0.0f)};
+  float* const score_scales = buffer("score_scales", size_t(chunk), 0.01f);
+  float* const sums = buffer("sums", size_t(chunk) * s.slice, 0.0f);
+  const GatherArgs args = {.tables = s,
+                           .slice = 0,
+                           .first = 0,
+                           .last = 0,
+                           .begin = 0,
+                           .end = 0,
+                           .codes = places,
+                           .scores = scores,
+                           .score_scales = score_scales,
+                           .sums = sums,
+                           .y = {buffer("y", size_t(tokens * width), 0.0f), width, false},
+                           .y_token = 0,
+                           .out_features = int(width),
+                           .bias = bias,
+                           .prefetch_tokens = int(number(11))};
+  const Sliced sliced = {*implementation(isa_index(isa)).inference, int(number(10)), std::move(codes), places, args};
   sliced.fill(0, chunk);
   flush(size_t(number(12)));
   rounds(count, tokens, [&] {

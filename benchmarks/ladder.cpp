@@ -1,12 +1,13 @@
 // ladder [--isa NAME] [--rung NAME]... [--tokens N] [--width D] [--tables T] [--bits TAU] [--reads N] [--threads N]
 //        [--seconds S] [--runs N | --once] [--list]
 //
-// Checks every rung, or those named, against its definition in double precision, then times them round robin for about S
-// seconds each and prints one JSON line a rung: median, fastest and 90th percentile of the rounds, microseconds a token.
-// A call takes N tokens; calls take 2,048 tokens or more in turn, so that a token finds its rows where others left them.
+// Checks every rung, or those named, against its definition in double precision, then times them round robin for about
+// S seconds each and prints one JSON line a rung: median, fastest and 90th percentile of the rounds, microseconds a
+// token. A call takes N tokens; calls take 2,048 tokens or more in turn, so that a token finds its rows where others
+// left them.
 // --seconds 0: the checks alone. --runs N: no check and no time, every rung runs N calls (--once: 1), for valgrind and
-// for hardware counters. --list: the rungs' names. --width is that of the gather's outputs and of the projection's inputs.
-// Exit code 1, and the rung's name, where a result is wrong.
+// for hardware counters. --list: the rungs' names. --width is that of the gather's outputs and of the projection's
+// inputs. Exit code 1, and the rung's name, where a result is wrong.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -50,24 +51,37 @@ Options parse(int count, char** arguments) {
   for (int i = 1; i < count; i++) {
     const std::string name = arguments[i];
     if (name == "--list" || name == "--once") {
-      if (name == "--list") o.list = true;
-      else o.runs = 1;
+      if (name == "--list")
+        o.list = true;
+      else
+        o.runs = 1;
       continue;
     }
     if (i + 1 == count) throw std::runtime_error("unknown or incomplete option " + name);
     const std::string value = arguments[++i];
     const auto whole = [&](double least, double most) { return int(number(name, value, least, most)); };
-    if (name == "--isa") o.isa = value;
-    else if (name == "--rung") o.rungs.push_back(value);
-    else if (name == "--tokens") o.tokens = whole(1, 1 << 20);
-    else if (name == "--width") o.width = whole(16, 1 << 14);
-    else if (name == "--tables") o.tables = whole(1, 1 << 12);
-    else if (name == "--bits") o.bits = whole(3, 12);  // fewer can give negative scores, which select negated tables
-    else if (name == "--reads") o.reads = whole(1, kMaxReads);
-    else if (name == "--threads") o.threads = whole(1, 256);
-    else if (name == "--runs") o.runs = whole(1, 1e9);
-    else if (name == "--seconds") o.seconds = number(name, value, 0, 3600);
-    else throw std::runtime_error("unknown or incomplete option " + name);
+    if (name == "--isa")
+      o.isa = value;
+    else if (name == "--rung")
+      o.rungs.push_back(value);
+    else if (name == "--tokens")
+      o.tokens = whole(1, 1 << 20);
+    else if (name == "--width")
+      o.width = whole(16, 1 << 14);
+    else if (name == "--tables")
+      o.tables = whole(1, 1 << 12);
+    else if (name == "--bits")
+      o.bits = whole(3, 12);  // fewer can give negative scores, which select negated tables
+    else if (name == "--reads")
+      o.reads = whole(1, kMaxReads);
+    else if (name == "--threads")
+      o.threads = whole(1, 256);
+    else if (name == "--runs")
+      o.runs = whole(1, 1e9);
+    else if (name == "--seconds")
+      o.seconds = number(name, value, 0, 3600);
+    else
+      throw std::runtime_error("unknown or incomplete option " + name);
   }
   if (o.width % 16) throw std::runtime_error("--width must be a multiple of 16, not " + std::to_string(o.width));
   return o;
@@ -118,11 +132,13 @@ void time_round_robin(std::vector<Timed>& all, const Shape& shape, double second
 
 void print(const Shape& s, Timed& t, bool shaped) {
   const Rung& r = *t.rung;
-  std::printf("{\"stage\": \"%s\", \"rung\": \"%s\", \"from\": \"%s\", \"change\": \"%s\"", r.stage, r.name, r.from, r.change);
+  std::printf("{\"stage\": \"%s\", \"rung\": \"%s\", \"from\": \"%s\", \"change\": \"%s\"", r.stage, r.name, r.from,
+              r.change);
   if (shaped)
-    std::printf(", \"isa\": \"%s\", \"tokens\": %ld, \"width\": %d, \"tables\": %d, \"bits\": %d, \"reads\": %d, "
-                "\"threads\": %d, \"compiler\": \"%s\"", r.isa, long(s.tokens), s.width, s.tables, s.bits, s.reads,
-                r.threads, kCompiler);
+    std::printf(
+        ", \"isa\": \"%s\", \"tokens\": %ld, \"width\": %d, \"tables\": %d, \"bits\": %d, \"reads\": %d, "
+        "\"threads\": %d, \"compiler\": \"%s\"",
+        r.isa, long(s.tokens), s.width, s.tables, s.bits, s.reads, r.threads, kCompiler);
   if (!t.us_per_token.empty())
     std::printf(", \"us_per_token\": %.6g, \"us_low\": %.6g, \"us_high\": %.6g", t.quantile(0.5), t.quantile(0),
                 t.quantile(0.9));
@@ -131,9 +147,9 @@ void print(const Shape& s, Timed& t, bool shaped) {
   std::printf("}\n");
 }
 
-std::vector<Rung> chosen(const Options& o, const Shape& shape, const Isa& isa) {
-  std::vector<Rung> all = gather_rungs(shape, isa), some;
-  for (Rung& rung : projection_rungs(shape, isa)) all.push_back(std::move(rung));
+std::vector<Rung> chosen(const Options& o, const Shape& shape, const Kernels& kernels) {
+  std::vector<Rung> all = gather_rungs(shape, kernels), some;
+  for (Rung& rung : projection_rungs(shape, kernels)) all.push_back(std::move(rung));
   if (o.rungs.empty()) return all;
   for (const std::string& name : o.rungs) {
     const auto found = std::find_if(all.begin(), all.end(), [&](const Rung& rung) { return rung.name == name; });
@@ -144,22 +160,23 @@ std::vector<Rung> chosen(const Options& o, const Shape& shape, const Isa& isa) {
 }
 
 // The one named, or the best that runs here and that the ladder has kernels for: not AMX, which is a rung by itself.
-Isa choose_isa(const std::string& name) {
-  int count;
-  const Implementation* all = implementations(&count);
-  for (int i = 0; name.empty() && i < count; i++)
-    if (ladder_kernels(all[i].kernels->name) && all[i].runs_here())
-      return {*all[i].kernels, *ladder_kernels(all[i].kernels->name)};
-  const Kernels& shipped = kernels_named(name);
-  if (!ladder_kernels(name)) throw std::runtime_error("the ladder has no small kernels for '" + name + "'");
-  return {shipped, *ladder_kernels(name)};
+Kernels choose_kernels(const std::string& name) {
+  int count, i = 0;
+  const Isa* all = isas(&count);
+  if (name.empty())
+    while (!ladder_kernels(all[i].name) || !all[i].runs_here()) i++;  // the last one, scalar, it is at the latest
+  else
+    i = isa_index(name);
+  const LadderKernels* const own = ladder_kernels(all[i].name);
+  if (!own) throw std::runtime_error("the ladder has no small kernels for '" + name + "'");
+  return {all[i].name, *implementation(i).inference, *own};
 }
 
 int climb(const Options& o) {
-  const Isa isa = choose_isa(o.isa);
+  const Kernels kernels = choose_kernels(o.isa);
   const int64_t calls = std::max<int64_t>(2, (kInputs + o.tokens - 1) / o.tokens);  // with different inputs
   const Shape shape = {o.tokens, calls * o.tokens, o.width, o.tables, o.bits, o.reads, o.threads};
-  const std::vector<Rung> rungs = chosen(o, shape, isa);
+  const std::vector<Rung> rungs = chosen(o, shape, kernels);
   std::vector<Timed> all;
   for (const Rung& rung : rungs) all.push_back({&rung, {}, "", {}});
   if (!o.list)

@@ -1,5 +1,5 @@
-// The projection's rungs: every one computes the same z = P(x), and the last two go on to codes and scores. From "tile-1"
-// on they are the shipped Kernels::project, called with the tile and on the weights of the rung. z of a tile is
+// The projection's rungs: every one computes the same z = P(x), and the last two go on to codes and scores. From
+// "tile-1" on they are the shipped kernel project, called with the tile and on the weights of the rung. z of a tile is
 // overwritten by the next tile's: the hash takes it from there.
 #include <algorithm>
 #include <cmath>
@@ -31,18 +31,18 @@ void hadamard(double* y, int size, size_t stride) {
       }
 }
 
-// A projection in a layer's packed weights (layer.h).
+// A projection in packed weights (kernels.h).
 struct Weights {
-  Layer layer;
+  lookupffn::Projection projection;
   Array<uint8_t> words;
   Array<float> scales, levels;
   Array<int32_t> offsets;
 };
 
-size_t word_place(const PackedHeader& h, int stage, int n, int o, int i) {  // `stage` counts over all repeats
-  const int word = 4 / int(element_size(h.weight_type)), words = h.block_in / word, together = panels_a_group(h.block_out);
-  const size_t panel = (size_t(stage) * h.blocks + n) * (h.block_out / kLanes) + o / kLanes / together * together;
-  return ((panel * words + i / word * together + o / kLanes % together) * kLanes + o % kLanes) * word + i % word;
+size_t word_place(const lookupffn::Projection& p, int stage, int n, int o, int i) {  // `stage` counts over all repeats
+  const int word = 4 / int(element_size(p.type)), words = p.block_in / word, group = panels_of_group(p.block_out);
+  const size_t panel = (size_t(stage) * p.blocks + n) * (p.block_out / kLanes) + o / kLanes / group * group;
+  return ((panel * words + i / word * group + o / kLanes % group) * kLanes + o % kLanes) * word + i % word;
 }
 
 struct Scratch : ProjectScratch {
@@ -51,7 +51,7 @@ struct Scratch : ProjectScratch {
                 Array<float>(size_t(kLargestTile) * width), Array<float>(kLargestTile), Array<float>(kLargestTile)},
         bytes_{Array<uint8_t>(size_t(kLargestTile) * width * 2), Array<uint8_t>(size_t(kLargestTile) * width * 2)} {
     rows = floats_[0].get(), sums[0] = floats_[1].get(), sums[1] = floats_[2].get();
-    unit[0] = floats_[3].get(), unit[1] = floats_[4].get();
+    scale[0] = floats_[3].get(), scale[1] = floats_[4].get();
     first = bytes_[0].get(), activations = bytes_[1].get();
   }
 
@@ -60,15 +60,25 @@ struct Scratch : ProjectScratch {
   Array<uint8_t> bytes_[2];
 };
 
-class Projection {
+class Projecting {
  public:
-  explicit Projection(const Shape& shape, const LadderKernels& own)
-      : s_(shape), own_(own), padded_(power_of_two(shape.width)), block_(std::min(64, padded_)), blocks_(padded_ / block_),
-        outputs_(shape.tables * shape.bits), repeats_((outputs_ + padded_ - 1) / padded_),
-        groups_((shape.tables + kLanes - 1) / kLanes), slots_(groups_ * shape.reads * kLanes),
+  explicit Projecting(const Shape& shape, const LadderKernels& own)
+      : s_(shape),
+        own_(own),
+        padded_(power_of_two(shape.width)),
+        block_(std::min(64, padded_)),
+        blocks_(padded_ / block_),
+        outputs_(shape.tables * shape.bits),
+        repeats_((outputs_ + padded_ - 1) / padded_),
+        groups_(groups_of(shape.tables)),
+        slots_(groups_ * shape.reads * kLanes),
         z_stride_(size_t(std::max(repeats_ * padded_, round_up(outputs_, 64)) + kLanes * (kLanes + 1))),
-        weight_(size_t(repeats_) * kStages * padded_ * block_), x_(size_t(shape.inputs) * shape.width), bias_(z_stride_),
-        z_(size_t(shape.tokens) * z_stride_), codes_(size_t(shape.tokens) * slots_), scores_(size_t(shape.tokens) * slots_),
+        weight_(size_t(repeats_) * kStages * padded_ * block_),
+        x_(size_t(shape.inputs) * shape.width),
+        bias_(z_stride_),
+        z_(size_t(shape.tokens) * z_stride_),
+        codes_(size_t(shape.tokens) * slots_),
+        scores_(size_t(shape.tokens) * slots_),
         scratch_(std::max(padded_, round_up(outputs_, 64))) {
     const float deviation = 1 / std::sqrt(float(block_));  // an orthonormal H keeps the size of x: design, "Scale"
     for (size_t i = 0; i < weight_.size(); i++) weight_[i] = deviation * random_normal(kWeightValues, i);
@@ -82,19 +92,20 @@ class Projection {
     const Weights& w = weights(form);
     const auto run = [this, tile, body, &w](int64_t first, bool keep) {
       for (int64_t token = 0; token < s_.tokens; token += tile)
-        body(w, first + token, int(std::min<int64_t>(tile, s_.tokens - token)), z_.get() + (keep ? token * z_stride_ : 0));
+        body(w, first + token, int(std::min<int64_t>(tile, s_.tokens - token)),
+             z_.get() + (keep ? token * z_stride_ : 0));
     };
     return {[run](int64_t first) { run(first, false); },
             [this, run, &w] {
               std::fill(z_.get(), z_.get() + z_.size(), std::nanf(""));
               run(0, true);
-              return check_z(w.layer.h.weight_type);
+              return check_z(w.projection.type);
             },
             double(w.words.size()) / double(std::min<int64_t>(tile, s_.tokens))};
   }
-  Work project(Form form, const Kernels& k, int tile) {
+  Work project(Form form, const InferenceKernels& k, int tile) {
     return project(form, tile, [this, &k](const Weights& w, int64_t token, int tokens, float* z) {
-      project_tile(w.layer, k, token, tokens, z);
+      project_tile(w.projection, k, token, tokens, z);
     });
   }
 
@@ -108,27 +119,27 @@ class Projection {
     const auto project_token = folded ? own_.folded : own_.unfolded;
     return project(folded ? Form::kFolded : Form::kUnfolded, 1,
                    [this, project_token](const Weights& w, int64_t token, int, float* z) {
-                     project_token(w.layer, x_.get() + token * s_.width, z, scratch_);
+                     project_token(w.projection, x_.get() + token * s_.width, z, scratch_);
                    });
   }
 
   // Codes and scores too: from the tile that was just projected, or from all z when all is projected.
-  Work project_and_hash(const Kernels& k, int tile, bool fused) {
+  Work project_and_hash(const InferenceKernels& k, int tile, bool fused) {
     const Weights& w = weights(Form::kInt8);
     const auto run = [this, tile, fused, &w, &k](int64_t first) {
       for (int64_t token = 0; token < s_.tokens; token += tile) {
         const int64_t end = std::min(s_.tokens, token + tile);
         float* const z = z_.get() + (fused ? 0 : size_t(token) * z_stride_);
-        project_tile(w.layer, k, first + token, int(end - token), z);
-        if (fused) hash(w.layer, k, token, end, z);
+        project_tile(w.projection, k, first + token, int(end - token), z);
+        if (fused) hash(k, token, end, z);
       }
-      if (!fused) hash(w.layer, k, 0, s_.tokens, z_.get());
+      if (!fused) hash(k, 0, s_.tokens, z_.get());
     };
     return {run,
             [this, run, &w, &k] {
               std::fill(scores_.get(), scores_.get() + scores_.size(), std::nanf(""));
               run(0);
-              return check_hash(w.layer, k);
+              return check_hash(w.projection, k);
             },
             double(w.words.size()) / double(std::min<int64_t>(tile, s_.tokens))};
   }
@@ -140,13 +151,31 @@ class Projection {
     return p;
   }
 
-  void project_tile(const Layer& l, const Kernels& k, int64_t token, int tokens, float* z) const {
-    k.project(l, {x_.get(), s_.width, false}, token, tokens, 0, l.h.repeats, z, scratch_);
+  void project_tile(const lookupffn::Projection& p, const InferenceKernels& k, int64_t token, int tokens,
+                    float* z) const {
+    k.project(p, {.x = {x_.get(), s_.width, false},
+                  .token = token,
+                  .tokens = tokens,
+                  .first = 0,
+                  .last = p.repeats,
+                  .z = z,
+                  .z_stride = z_stride_,
+                  .scratch = scratch_});
   }
 
-  void hash(const Layer& l, const Kernels& k, int64_t token, int64_t end, const float* z) const {
+  void hash_token(const InferenceKernels& k, const float* z, uint16_t* codes, float* scores) const {
+    k.hash({.num_tables = s_.tables,
+            .code_bits = s_.bits,
+            .reads = s_.reads,
+            .first = 0,
+            .last = groups_,
+            .z = z,
+            .codes = codes,
+            .scores = scores});
+  }
+  void hash(const InferenceKernels& k, int64_t token, int64_t end, const float* z) const {
     for (; token < end; token++, z += z_stride_)
-      k.hash(l, 0, groups_, z, codes_.get() + size_t(token) * slots_, scores_.get() + size_t(token) * slots_);
+      hash_token(k, z, codes_.get() + size_t(token) * slots_, scores_.get() + size_t(token) * slots_);
   }
 
   // z += W[:, i] x[i] for every input in turn, plain C++ for the baseline of the architecture.
@@ -158,7 +187,7 @@ class Projection {
     }
   }
 
-  // ---- Weights -------------------------------------------------------------------------------------------------------
+  // ---- Weights --------------------------------------------------------------------------------------------------------
 
   double weight(int stage, int n, int o, int i) const {
     return weight_[((size_t(stage) * blocks_ + n) * block_ + o) * block_ + i];
@@ -201,8 +230,8 @@ class Projection {
       unit[i] = 0;
     }
     if (form == Form::kDense) return packed(WeightType::kFloat32, 1, 1, 1, in, out, values, 1, 0);
-    std::unique_ptr<Weights> w(new Weights{{}, Array<uint8_t>(size_t(s_.width) * outputs_ * 4), Array<float>(0),
-                                           Array<float>(0), Array<int32_t>(0)});
+    std::unique_ptr<Weights> w(new Weights{
+        {}, Array<uint8_t>(size_t(s_.width) * outputs_ * 4), Array<float>(0), Array<float>(0), Array<int32_t>(0)});
     float* const transposed = reinterpret_cast<float*>(w->words.get());
     for (int i = 0; i < s_.width; i++)
       for (int o = 0; o < outputs_; o++) transposed[size_t(i) * outputs_ + o] = float(values[size_t(o) * in + i]);
@@ -210,7 +239,7 @@ class Projection {
   }
 
   // BH4's blocks as they are, for an unnormalised H, or with the part of H inside of a block multiplied in:
-  // H_D' = H_n (x) H_b, packed._folded_blocks.
+  // H_D' = H_n (x) H_b, format._folded_blocks.
   std::unique_ptr<Weights> bh4(Form form) const {
     const bool folds = form != Form::kUnfolded;
     std::vector<double> values(weight_.get(), weight_.get() + weight_.size());
@@ -218,24 +247,34 @@ class Projection {
       for (int i = 0; i < block_ && folds; i++) hadamard(&values[block + i], block_, block_);
     for (double& value : values) value /= std::sqrt(double(padded_));
     const WeightType type = form == Form::kInt8    ? WeightType::kInt8
-                            : form == Form::kInt16 ? WeightType::kInt16 : WeightType::kFloat32;
+                            : form == Form::kInt16 ? WeightType::kInt16
+                                                   : WeightType::kFloat32;
     return packed(type, repeats_, kStages, blocks_, block_, block_, values, float(kDecay), float(1 - kDecay));
   }
 
-  // values (R, stages, n, out, in) as a layer, integers as packed._quantised_weights chooses them.
+  // values (R, stages, n, out, in) as packed weights, integers as format._quantised_weights chooses them.
   std::unique_ptr<Weights> packed(WeightType type, int repeats, int stages, int blocks, int in, int out,
                                   const std::vector<double>& values, float scale, float residual) const {
     const size_t outputs = size_t(repeats) * stages * blocks * out, each = size_t(blocks) * out;
-    std::unique_ptr<Weights> w(new Weights{{}, Array<uint8_t>(values.size() * element_size(type)), Array<float>(outputs),
-                                           Array<float>(size_t(repeats) * stages), Array<int32_t>(outputs)});
-    Layer& l = w->layer;
-    l.h.in_features = s_.width, l.h.num_tables = s_.tables, l.h.code_bits = s_.bits, l.h.reads = s_.reads;
-    l.h.stages = stages, l.h.repeats = repeats, l.h.blocks = blocks, l.h.block_in = in, l.h.block_out = out;
-    l.h.weight_type = type, l.h.scale = scale, l.h.residual = residual;
-    l.weights = w->words.get(), l.weight_scales = w->scales.get(), l.weight_offsets = w->offsets.get();
-    l.levels = w->levels.get(), l.code_bias = bias_.get();
-    l.width_in = blocks * in, l.width_out = blocks * out, l.z_stride = int(z_stride_);
-    l.groups = groups_, l.slots = slots_;
+    std::unique_ptr<Weights> w(new Weights{{},
+                                           Array<uint8_t>(values.size() * element_size(type)),
+                                           Array<float>(outputs),
+                                           Array<float>(size_t(repeats) * stages),
+                                           Array<int32_t>(outputs)});
+    w->projection = {.type = type,
+                     .in_features = s_.width,
+                     .stages = stages,
+                     .repeats = repeats,
+                     .blocks = blocks,
+                     .block_in = in,
+                     .block_out = out,
+                     .scale = scale,
+                     .residual = residual,
+                     .weights = w->words.get(),
+                     .scales = w->scales.get(),
+                     .offsets = w->offsets.get(),
+                     .levels = w->levels.get(),
+                     .bias = bias_.get()};
 
     std::vector<double> largest(outputs), sum(outputs);
     for (size_t o = 0; o < outputs; o++)
@@ -253,7 +292,7 @@ class Projection {
       w->scales[o] = float(largest[o] / most);
       double magnitudes = 0;
       for (int i = 0; i < in; i++) {
-        const size_t place = word_place(l.h, int(stage), int(n), int(o % out), i);
+        const size_t place = word_place(w->projection, int(stage), int(n), int(o % out), i);
         const double value = values[o * in + i];
         const int whole = type == WeightType::kFloat32 ? 0 : int(std::lrint(value / w->scales[o]));
         if (type == WeightType::kFloat32) reinterpret_cast<float*>(w->words.get())[place] = float(value);
@@ -271,7 +310,7 @@ class Projection {
     return w;
   }
 
-  // ---- Checks --------------------------------------------------------------------------------------------------------
+  // ---- Checks ---------------------------------------------------------------------------------------------------------
 
   // z of the first inputs against the definition in double: the error of a token, and ten times as much at any place,
   // in root mean squares of its whole z.
@@ -299,12 +338,12 @@ class Projection {
   }
 
   // Codes and scores of the first inputs, bit for bit those of each token's z alone; nearest ones also as defined.
-  std::string check_hash(const Layer& l, const Kernels& k) const {
+  std::string check_hash(const lookupffn::Projection& p, const InferenceKernels& k) const {
     Array<float> z(z_stride_), scores(slots_);
     Array<uint16_t> codes(slots_);
     for (int64_t token : sampled(s_.tokens)) {
-      project_tile(l, k, token, 1, z.get());
-      k.hash(l, 0, groups_, z.get(), codes.get(), scores.get());
+      project_tile(p, k, token, 1, z.get());
+      hash_token(k, z.get(), codes.get(), scores.get());
       const size_t first = size_t(token) * slots_;
       if (std::memcmp(codes.get(), &codes_[first], slots_ * sizeof(uint16_t)) ||
           std::memcmp(scores.get(), &scores_[first], slots_ * sizeof(float)))
@@ -338,9 +377,9 @@ class Projection {
   std::map<Form, std::unique_ptr<Weights>> forms_;
 };
 
-const Kernels& amx() {
+const InferenceKernels& amx() {
   try {
-    return kernels_named("amx");
+    return *implementation(isa_index("amx")).inference;
   } catch (const std::runtime_error& error) {
     throw NotRun(error.what());
   }
@@ -348,41 +387,45 @@ const Kernels& amx() {
 
 }  // namespace
 
-std::vector<Rung> projection_rungs(const Shape& shape, const Isa& isa) {
-  const auto data = std::make_shared<std::unique_ptr<Projection>>();  // made by the first rung that is prepared
-  const Kernels& k = isa.shipped;
-  const LadderKernels& own = isa.own;
+std::vector<Rung> projection_rungs(const Shape& shape, const Kernels& kernels) {
+  const auto data = std::make_shared<std::unique_ptr<Projecting>>();  // made by the first rung that is prepared
+  const InferenceKernels& k = kernels.shipped;
+  const LadderKernels& own = kernels.own;
+  const char* const isa = kernels.name;
   std::vector<Rung> rungs;
   const auto add = [&](const char* name, const char* from, const char* change, const char* isa_name,
-                       const std::function<Work(Projection&)>& prepare) {
+                       const std::function<Work(Projecting&)>& prepare) {
     rungs.push_back({"projection", name, from, change, isa_name, 1, [=, &own] {
-                       if (!*data) data->reset(new Projection(shape, own));
+                       if (!*data) data->reset(new Projecting(shape, own));
                        return prepare(**data);
                      }});
   };
-  const auto project = [&k](Form form, int tile) { return [=, &k](Projection& p) { return p.project(form, k, tile); }; };
+  const auto project = [&k](Form form, int tile) {
+    return [=, &k](Projecting& p) { return p.project(form, k, tile); };
+  };
 
-  add("dense-plain", "", "z = W x as one float32 matrix, plain C++", k.name, [](Projection& p) { return p.plain_product(); });
-  add("dense", "dense-plain", "vectors, sums in registers", k.name, project(Form::kDense, 1));
-  add("dense-tile-12", "dense", "12 tokens a tile", k.name, project(Form::kDense, 12));
-  add("unfolded", "dense", "BH4: four block products, a whole Hadamard transform after each", k.name,
-      [](Projection& p) { return p.own_bh4(false); });
-  add("folded", "unfolded", "the transform inside of blocks folded into the weights, levels across blocks left", k.name,
-      [](Projection& p) { return p.own_bh4(true); });
-  add("tile-1", "folded", "the shipped kernel on a tile of 1 token", k.name, project(Form::kFolded, 1));
-  add("tile-6", "tile-1", "6 tokens a tile", k.name, project(Form::kFolded, 6));
-  add("tile-12", "tile-1", "12 tokens a tile", k.name, project(Form::kFolded, 12));
-  add("tile-48", "tile-1", "48 tokens a tile", k.name, project(Form::kFolded, 48));
-  add("int16", "tile-12", "16-bit weights and activations", k.name, project(Form::kInt16, 12));
-  add("int8", "int16", "8-bit weights and activations: what ships", k.name, project(Form::kInt8, 12));
-  add("int8-tile-1", "int8", "1 token a tile", k.name, project(Form::kInt8, 1));
-  add("int8-tile-48", "int8", "48 tokens a tile", k.name, project(Form::kInt8, 48));
+  add("dense-plain", "", "z = W x as one float32 matrix, plain C++", isa,
+      [](Projecting& p) { return p.plain_product(); });
+  add("dense", "dense-plain", "vectors, sums in registers", isa, project(Form::kDense, 1));
+  add("dense-tile-12", "dense", "12 tokens a tile", isa, project(Form::kDense, 12));
+  add("unfolded", "dense", "BH4: four block products, a whole Hadamard transform after each", isa,
+      [](Projecting& p) { return p.own_bh4(false); });
+  add("folded", "unfolded", "the transform inside of blocks folded into the weights, levels across blocks left", isa,
+      [](Projecting& p) { return p.own_bh4(true); });
+  add("tile-1", "folded", "the shipped kernel on a tile of 1 token", isa, project(Form::kFolded, 1));
+  add("tile-6", "tile-1", "6 tokens a tile", isa, project(Form::kFolded, 6));
+  add("tile-12", "tile-1", "12 tokens a tile", isa, project(Form::kFolded, 12));
+  add("tile-48", "tile-1", "48 tokens a tile", isa, project(Form::kFolded, 48));
+  add("int16", "tile-12", "16-bit weights and activations", isa, project(Form::kInt16, 12));
+  add("int8", "int16", "8-bit weights and activations: what ships", isa, project(Form::kInt8, 12));
+  add("int8-tile-1", "int8", "1 token a tile", isa, project(Form::kInt8, 1));
+  add("int8-tile-48", "int8", "48 tokens a tile", isa, project(Form::kInt8, 48));
   add("amx", "int8", "the shipped kernel on AMX tiles, 16 tokens a tile", "amx",
-      [](Projection& p) { return p.project(Form::kInt8, amx(), 16); });
-  add("hash-later", "int8", "and codes and scores, when all tokens are projected", k.name,
-      [&k](Projection& p) { return p.project_and_hash(k, 12, false); });
-  add("hash-fused", "hash-later", "codes and scores of a tile at once: what ships", k.name,
-      [&k](Projection& p) { return p.project_and_hash(k, 12, true); });
+      [](Projecting& p) { return p.project(Form::kInt8, amx(), 16); });
+  add("hash-later", "int8", "and codes and scores, when all tokens are projected", isa,
+      [&k](Projecting& p) { return p.project_and_hash(k, 12, false); });
+  add("hash-fused", "hash-later", "codes and scores of a tile at once: what ships", isa,
+      [&k](Projecting& p) { return p.project_and_hash(k, 12, true); });
   return rungs;
 }
 

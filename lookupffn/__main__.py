@@ -1,30 +1,55 @@
-"""The command line: ``lookupffn flops | info | bench | advise | hardware | pretrain | finetune | compare | demo``."""
+"""The command line: the commands of every install here, those of the extras in their folders' ``commands.py``."""
 
 import dataclasses
-import inspect
 import os
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated
 
 import torch
-import typer
-import yaml
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    from typer.core import TyperGroup
+except ModuleNotFoundError as error:  # an extra, and this is a program: one line and no traceback
+    print(f"lookupffn: the command line needs {error.name}: pip install 'lookupffn[cli]'", file=sys.stderr)
+    sys.exit(2)
 
 from lookupffn import __version__, machine, native
 from lookupffn.errors import InputError
-from lookupffn.lab.hardware import commands
-from lookupffn.train.config import FinetuneConfig, Optimisation, PretrainConfig
 
-CONFIGS = Path(__file__).parent / "train" / "recipes"
+FOLDERS = {  # whose `commands` have them
+    "bench": "bench", "pretrain": "train", "finetune": "train", "compare": "lab", "demo": "lab", "advise": "lab",
+    "hardware": "lab",
+}  # fmt: skip
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-app.add_typer(commands.app, name="hardware")
-app.command()(commands.advise)
+
+class Commands(TyperGroup):
+    """The commands below, and those of FOLDERS, imported when one of them is asked for."""
+
+    def list_commands(self, ctx) -> list[str]:
+        return [*super().list_commands(ctx), *FOLDERS]
+
+    def get_command(self, ctx, cmd_name: str):
+        if cmd_name not in FOLDERS:
+            return super().get_command(ctx, cmd_name)
+        commands = import_module(f"lookupffn.{FOLDERS[cmd_name]}.commands")
+        return typer.main.get_group(commands.app).commands[cmd_name]
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LookupFFN: feed-forward layers as hashing and table lookup; their costs, times, training and packed form.",
+)
 
 
 @app.callback()
@@ -39,7 +64,7 @@ def flops(
     num_tables: Annotated[list[int], typer.Option(help="tables T; repeat for more rows")] = [64, 128],  # noqa: B006
     code_bits: Annotated[int, typer.Option(help="bits of a code, tau")] = 8,
     block_size: Annotated[int, typer.Option(help="edge of a BH4 block, b")] = 64,
-    reads: Annotated[int, typer.Option(help="nearest cells read in a table, N")] = 1,
+    reads: Annotated[int, typer.Option(help="buckets probed in a table, N")] = 1,
 ):
     """Multiply-adds, tables and bytes read a token: dense against lookup, float32."""
     from lookupffn.ffns.dense import DenseFFN
@@ -104,196 +129,73 @@ def info():
 
 
 @app.command()
-def bench(
-    hidden_size: Annotated[list[int], typer.Option(help="width; repeat for more; the dense FFN is 4 times as wide")] = [  # noqa: B006
-        512
-    ],
-    tokens: Annotated[list[int], typer.Option(help="tokens a call; repeat for more")] = [1, 8, 64, 512, 4096, 32768],  # noqa: B006
-    threads: Annotated[list[int] | None, typer.Option(help="threads; repeat for more [1 and all]")] = None,
-    seconds: Annotated[float, typer.Option(help="time for each engine at each size")] = 0.5,
-    json: Annotated[str, typer.Option(help="file for one JSON line a measurement")] = "runs/bench/bench.jsonl",
-    plot: Annotated[str, typer.Option(help="file for the plot")] = "runs/bench/bench.png",
-    training: Annotated[bool, typer.Option(help="time a training step of the layer as well")] = True,
-    seed: Annotated[int, typer.Option(help="of weights and input")] = 0,
+def tune(
+    files: Annotated[list[Path] | None, typer.Argument(help="files that save_packed wrote")] = None,
+    hidden_size: Annotated[int, typer.Option(help="without files: width of the layer, D = E")] = 768,
+    num_tables: Annotated[int, typer.Option(help="tables T")] = 128,
+    code_bits: Annotated[int, typer.Option(help="bits of a code, tau")] = 8,
+    block_size: Annotated[int, typer.Option(help="edge of a BH4 block, b")] = 64,
+    reads: Annotated[int, typer.Option(help="buckets probed in a table, N")] = 1,
+    dtype: Annotated[str, typer.Option(help="of the tables: int8, bfloat16 or float32")] = "int8",
+    tokens: Annotated[list[int], typer.Option(help="tokens a call; repeat for more")] = [8, 256],  # noqa: B006
+    seconds: Annotated[float, typer.Option(help="time for each comparison")] = 0.5,
 ):
-    """Times packed lookup layers beside every dense FFN engine that is installed, on this machine."""
-    if min(*hidden_size, *tokens, *(threads or [1])) < 1 or not seconds > 0:
-        raise InputError("hidden sizes, tokens, threads and seconds must be positive")
-    from lookupffn.bench import benchmark as run
+    """Times loop sizes for the layers in packed files, or for one shape, and keeps them for pack(..., tune=True)."""
+    from lookupffn.bench.timing import time_interleaved
+    from lookupffn.layer import LookupConfig, LookupFFN
+    from lookupffn.runtime.packed import PackedLookupFFN, pack, read_layers
+    from lookupffn.runtime.tuning import cache_file, timed_tiling
 
-    console, counts = Console(soft_wrap=True), threads or sorted({1, torch.get_num_threads()})
-    shapes = [(width, 4 * width) for width in hidden_size]
-    for records in run.bench(shapes, tokens, counts, seconds=seconds, seed=seed, training=training, console=console):
-        run.write_json(records, Path(json))  # after every shape: what was measured is kept if the rest is not
-        run.plot(records, Path(plot))
-    run.print_bandwidth(records, console)
-    console.print(f"measurements in [bold]{json}[/], plot in [bold]{plot}[/]")
-
-
-def pretrain(config: str | None, **flags) -> None:
-    """Masked-LM pretraining of one model, dense or lookup; started again, it goes on from its last checkpoint.
-
-    Settings come from flags, then from the YAML file of --config, then from the defaults. With several processes:
-    torchrun --nproc-per-node 2 -m lookupffn pretrain ...
-    """
-    checked = _settings(PretrainConfig, config, flags)
-
-    from lookupffn.train.pretrain import pretrain as run
-
-    _quiet()
-    result = run(checked)
-    if int(os.environ.get("RANK", "0")):
-        return  # the first process speaks for all
-    table = Table("log perplexity", "standard error", "tokens evaluated", "tokens trained", "parameters", "seconds")
-    m = result.metrics
-    table.add_row(
-        f"{m['log_perplexity']:.4f} nats",
-        f"{m['log_perplexity_standard_error']:.4f}",
-        f"{m['tokens_evaluated']:,}",
-        f"{m['tokens_trained']:,}",
-        f"{m['parameters']:,}",
-        f"{m['training_seconds']:.0f}",
-    )
-    Console().print(table)
-    Console().print(f"model and metrics in {result.output_dir}")
-
-
-def finetune(config: str | None, **flags) -> None:
-    """Fine-tunes a pretrained model as a classifier of texts and measures its accuracy on others."""
-    checked = _settings(FinetuneConfig, config, flags)
-
-    from lookupffn.train.finetune import finetune as run
-
-    _quiet()
-    r = run(checked)
-    error = 100 * r["accuracy_standard_error"]
-    Console().print(
-        f"accuracy {100 * r['accuracy']:.2f} % (standard error {error:.2f}) of {r['texts_tested']:,} texts, "
-        f"{r['training_seconds']:.0f} s of training; model in {checked.output_dir}"
-    )
-
-
-def _settings(record: type, config: str | None, flags: dict):
-    """The record of settings: flags over the YAML file ``config`` over defaults."""
-    settings = _read_config(config) if config else {}
-    known = {field.name for field in dataclasses.fields(record)}
-    if unknown := set(settings) - known:
-        raise InputError(
-            f"{config}: unknown setting {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
-        )
-    for name, value in flags.items():
-        if isinstance(value, list):  # further entries of a dict of settings
-            settings[name] = (settings.get(name) or {}) | dict(_assignment(name, text) for text in value)
-        elif value is not None:
-            settings[name] = value
-    return record(**settings)
-
-
-def _quiet() -> None:
-    """Leaves the terminal to our own progress bars and errors."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
-def _read_config(name: str) -> dict:
-    path = CONFIGS / f"{name}.yaml" if not Path(name).exists() else Path(name)
+    if min(tokens) < 1 or not seconds > 0:
+        raise InputError(f"tokens and seconds must be positive, not {min(tokens)} and {seconds}")
+    if reason := native.load():
+        raise InputError(f"without the compiled kernels there are no loops to tune: {reason}")
+    shape = {"num_tables": num_tables, "code_bits": code_bits, "block_size": block_size, "reads": reads}
+    layers = {}
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        shipped = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise InputError(f"config {name!r} is neither a file nor one of the shipped ones ({shipped})") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path} must hold settings as 'name: value', not {type(settings).__name__}")
-    return settings
+        for file in files or []:
+            layers |= {f"{file} {name}".strip(): layer for name, layer in read_layers(file).items()}
+        if not files:
+            layers["random weights"] = pack(LookupFFN(LookupConfig(hidden_size, hidden_size, **shape)), dtype)
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(str(error)) from None
+    alike: dict[tuple, list[str]] = {}  # layers of one shape and type share their loop sizes
+    for name, layer in layers.items():
+        alike.setdefault((layer.config, layer.table_dtype, layer.weight_dtype), []).append(name)
+
+    console = Console(soft_wrap=True)
+    for names in alike.values():
+        label, layer = names[0] + (f" and {len(names) - 1} alike" if names[1:] else ""), layers[names[0]]
+        with console.status(f"timing {label}"), torch.no_grad():
+            timed = PackedLookupFFN(layer.config, layer.packed, timed_tiling(layer.config, layer.packed, anew=True))
+            us = []  # a token: by the formula, timed
+            for n in tokens:
+                x = torch.randn(n, layer.config.in_features)
+                times = time_interleaved({"formula": partial(layer, x), "timed": partial(timed, x)}, seconds)
+                us.append([times[which].median / n * 1e6 for which in ("formula", "timed")])
+        console.print(
+            f"[bold]{escape(label)}[/], {native.implementation()}, {torch.get_num_threads()} thread(s), µs a token"
+        )
+        table = Table(box=box.SIMPLE)
+        table.add_column("loop sizes", no_wrap=True)
+        for heading in ("tile", "block", "prefetch", "serial", *(f"{n:,} tokens" for n in tokens)):
+            table.add_column(heading, justify="right", no_wrap=True)  # first the fields of Tiling, in their order
+        table.add_row("formula", *_sizes(layer), *(f"{formula:.2f}" for formula, _ in us))
+        table.add_row("timed", *_sizes(timed), *(f"{best:.2f} ({best / formula:.2f}x)" for formula, best in us))
+        console.print(table)
+    console.print(f"kept in [bold]{cache_file()}[/]; pack and load_packed use it with tune=True")
 
 
-def _assignment(setting: str, text: str) -> tuple[str, object]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--{setting.replace('_', '-')} takes NAME=VALUE, not {text!r}")
-    return name, yaml.safe_load(value)
-
-
-def _flags(record: type) -> inspect.Signature:
-    """A flag for every field of the record, unset by default, so that its definition stands in one place."""
-    shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-    flags = {"config": Annotated[str | None, typer.Option(help=f"YAML file, or a shipped recipe: {shipped}")]}
-    hints = get_type_hints(record)
-    for field in dataclasses.fields(record):
-        kind = list[str] if hints[field.name] is dict else hints[field.name]
-        default = "" if field.default in (dataclasses.MISSING, None) else f" [{field.default}]"
-        panel = "AdamW" if field in dataclasses.fields(Optimisation) else None
-        option = typer.Option(help=field.metadata["help"] + default, show_default=False, rich_help_panel=panel)
-        flags[field.name] = Annotated[kind | None, option]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Signature([inspect.Parameter(n, keyword, default=None, annotation=a) for n, a in flags.items()])
-
-
-pretrain.__signature__, finetune.__signature__ = _flags(PretrainConfig), _flags(FinetuneConfig)
-app.command()(pretrain)
-app.command()(finetune)
-
-
-@app.command()
-def compare(
-    ffn: Annotated[str, typer.Option(help="recipes of --config and names of feed-forward layers, with commas")],
-    config: Annotated[
-        str | None, typer.Option(help="YAML file with `common` settings of pretrain and named `recipes` over them")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="model size [small]")] = None,
-    data: Annotated[str | None, typer.Option(help="text, as of pretrain [stdlib]")] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="optimizer steps; repeat for more horizons [1000]")] = None,
-    seed: Annotated[list[int], typer.Option(help="seed; repeat for more")] = [0],  # noqa: B006
-    jobs: Annotated[int, typer.Option(help="runs at a time, the threads divided among them")] = 1,
-    seconds: Annotated[float, typer.Option(help="time for each form of each layer when speed is measured")] = 1.0,
-    output_dir: Annotated[str, typer.Option(help="folder of runs, table, lines and plot")] = "runs/compare",
-):
-    """Trains feed-forward layers on the same data, seeds and steps, and writes one table; resumed run by run."""
-    settings = _read_config(config) if config else {}
-    if unknown := settings.keys() - {"common", "recipes"}:
-        raise InputError(f"{config}: unknown entry {', '.join(sorted(unknown))}; known are common and recipes")
-    common, recipes = settings.get("common") or {}, settings.get("recipes") or {}
-    for name, entry in {"common": common, "recipes": recipes, **recipes}.items():
-        if not isinstance(entry, dict):
-            raise InputError(f"{config}: {name} must hold settings as 'name: value', not {entry!r}")
-    common |= {name: value for name, value in (("preset", preset), ("data", data)) if value is not None}
-    steps = steps or [common.get("steps", PretrainConfig.steps)]
-    if jobs < 1 or not seconds > 0:
-        raise InputError(f"jobs and seconds must be positive, not {jobs} and {seconds}")
-    from lookupffn.lab import compare as lab
-
-    _quiet()
-    names = [name.strip() for name in ffn.split(",") if name.strip()]
-    lab.compare(lab.plan(recipes, common, names, seed, steps, output_dir), output_dir, jobs=jobs, seconds=seconds)
-
-
-@app.command()
-def demo(
-    output_dir: Annotated[str, typer.Option(help="folder of the report, replaced if it is there")] = "runs/demo",
-    minutes: Annotated[
-        float, typer.Option(help="time to train both models; the number of steps follows from it")
-    ] = 7.5,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps of each model, instead of a time")] = None,
-    seed: Annotated[int, typer.Option(help="of initialisation, data order and masks")] = 0,
-):
-    """Trains a dense and a lookup twin on Python's own standard library and writes a report that compares them."""
-    if not minutes > 0 or (steps is not None and steps < 1):
-        raise InputError(f"minutes and steps must be positive, not {minutes} and {steps}")
-    from lookupffn.lab.demo import demo as run
-
-    _quiet()
-    run(output_dir, minutes=minutes, steps=steps, seed=seed)
+def _sizes(layer) -> list[str]:
+    return [str(size) for size in dataclasses.astuple(layer.tiling)]
 
 
 def main() -> None:
     try:
         app()
     except InputError as error:  # refused input: one line that says why; anything else keeps its traceback
-        Console(stderr=True).print(f"[bold red]lookupffn:[/] {escape(str(error))}", highlight=False)
+        message = f"[bold red]lookupffn:[/] {escape(str(error))}"
+        Console(stderr=True, soft_wrap=True).print(message, highlight=False)
         sys.exit(2)
     finally:
         if torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""What a researcher asks of the hash in training: are cells used, are bits dead, how near are the boundaries."""
+"""What a researcher asks of the hash in training: are buckets used, are bits dead, how near are the boundaries."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class HashMonitor:
 
     def reset(self) -> None:
         """Forgets everything seen so far."""
-        self._counts: dict[str, Tensor] = {}  # (T, K, N) how often a cell was the nearest, the second nearest, ...
+        self._counts: dict[str, Tensor] = {}  # (T, K, N) how often a bucket was the nearest, the second nearest, ...
         self._margins: dict[str, list[Tensor]] = {name: [] for name in self.layers}  # |z| of the latest tokens
 
     def close(self) -> None:
@@ -48,7 +48,7 @@ class HashMonitor:
     def __enter__(self) -> HashMonitor:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @torch.no_grad()
@@ -67,17 +67,18 @@ class HashMonitor:
     def summary(self) -> list[dict]:
         """One dict a layer, in model order; layers that saw no token are left out.
 
-        ``cells_used``: share of all cells read at least once, by any read; with few tokens at most ``tokens N / K``.
-        ``code_entropy``: entropy of the nearest cells of a table, averaged over tables, as a share of ``code_bits``
-        (1 is uniform). ``dead_bits``: how many of ``bits`` took one value only. ``margin_quantiles``: of ``|z|``, the
-        distance of a coordinate from flipping its bit. ``tokens``: how many were looked at.
+        ``buckets_used``: share of all buckets read at least once, by any probe; with few tokens at most
+        ``tokens N / K``. ``code_entropy``: entropy of the nearest buckets of a table, averaged over tables, as a share
+        of ``code_bits`` (1 is uniform). ``dead_bits``: how many of ``bits`` took one value only.
+        ``margin_quantiles``: of ``|z|``, the distance of a coordinate from flipping its bit. ``tokens``: how many were
+        looked at.
         """
         result = []
         for index, (name, layer) in enumerate(self.layers.items()):
             if name not in self._counts or not self._counts[name].sum():
                 continue
             config, used = layer.config, (self._counts[name] > 0).any(-1)
-            counts = self._counts[name][..., 0].double()  # (T, K), of the nearest cell
+            counts = self._counts[name][..., 0].double()  # (T, K), of the nearest bucket
             tokens = counts[0].sum()
             share = counts / tokens  # (T, K)
             entropy_bits = -torch.xlogy(share, share).sum(1) / math.log(2)
@@ -91,7 +92,7 @@ class HashMonitor:
                     "layer": index,
                     "name": name,
                     "tokens": int(tokens),
-                    "cells_used": used.double().mean().item(),
+                    "buckets_used": used.double().mean().item(),
                     "code_entropy": entropy_bits.mean().item() / config.code_bits,
                     "dead_bits": int(((ones == 0) | (ones == tokens)).sum()),
                     "bits": config.code_features,

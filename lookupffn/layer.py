@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class LookupConfig:
             (``x`` itself is ``z``, so ``in_features == num_tables * code_bits``).
         block_size: ``b``, edge of a BH4 block; a power of two, at most the next power of two of ``in_features``.
         decay: weight of the BH4 product against its input, ``z = decay * M x + (1 - decay) * x``, in [0, 1].
-        reads: ``N``, nearest cells read in each table, 1 to 4.
+        reads: ``N``, buckets probed in each table (multi-probe), nearest first, 1 to 4.
         version: version of this record, 1.
 
     Raises:
@@ -50,7 +51,7 @@ class LookupConfig:
     reads: int = 1
     version: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (
             "in_features",
             "out_features",
@@ -134,8 +135,8 @@ class BH4(nn.Module):
         decay: float,
         stages: int = STAGES,
         *,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.in_features, self.out_features, self.block_size = in_features, out_features, block_size
@@ -173,9 +174,10 @@ class LookupFFN(nn.Module):
 
     ``x (..., in_features)`` to ``(..., out_features)``, any leading shape, in the dtype of ``x``: ``z = P(x)`` gives
     ``T`` codes of ``tau`` bits, ``code = sum_j [z_j > 0] 2**(tau-1-j)``, each read with the weight
-    ``score = (sum_j |z_j|) prod_j sigmoid(2 |z_j|)``; with ``reads > 1`` the next most probable cells are read too,
-    each weighted in the same way. Codes and scores are computed in float32 or better. Gradient reaches ``z`` through
-    the scores only, and a table row only where it was read (paper, section 3; ``reference.py`` has each equation).
+    ``score = (sum_j |z_j|) prod_j sigmoid(2 |z_j|)``; with ``reads > 1`` (multi-probe) the next most probable buckets
+    are read too, each weighted in the same way. Codes and scores are computed in float32 or better. Gradient reaches
+    ``z`` through the scores only, and a table row only where it was read (paper, section 3; ``reference.py`` has each
+    equation).
 
     Parameters: ``projection.weight`` and ``projection.bias`` (none with ``projection="none"``), ``tables (T, K, E)``,
     ``bias (E)``. Their initial distribution is in :meth:`init_parameters`.
@@ -187,10 +189,18 @@ class LookupFFN(nn.Module):
 
     row_parameters = ("tables",)
 
-    def __init__(self, config: LookupConfig, *, device=None, dtype=None):
+    def __init__(
+        self,
+        config: LookupConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.config = config
-        c, where = config, {"device": device, "dtype": dtype}
+        c = config
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.projection: BH4 | DenseProjection | nn.Identity
         if c.projection == "bh4":
             self.projection = BH4(c.in_features, c.code_features, c.block_size, c.decay, **where)
         elif c.projection == "dense":
@@ -219,7 +229,7 @@ class LookupFFN(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self, std: float | None = None) -> None:
-        """Draws all parameters anew, in place, through ``torch.nn.init`` (so that transformers can guard it).
+        """Re-initialises all parameters, in place, through ``torch.nn.init`` (so that transformers can guard it).
 
         ================================  =============  ==========================================================
         parameter                         distribution   why
@@ -233,7 +243,7 @@ class LookupFFN(nn.Module):
 
         Near-identity blocks would be wrong: ``H^4 = I`` brings zero padding straight back, and those bits are dead.
         """
-        if self.config.projection != "none":
+        if not isinstance(self.projection, nn.Identity):
             fan_in = self.projection.weight.shape[-1]  # b or D
             nn.init.normal_(self.projection.weight, 0.0, fan_in**-0.5)
             nn.init.zeros_(self.projection.bias)
@@ -252,7 +262,7 @@ class LookupFFN(nn.Module):
         """
         c = self.config
         gather = ops.gather_flops(tokens, (c.num_tables, c.num_rows, c.out_features), c.reads)
-        if c.projection == "bh4":
+        if isinstance(self.projection, BH4):
             return ops.bh4_flops(tokens, self.projection.weight.shape) + gather
         return gather + (2 * tokens * c.in_features * c.code_features if c.projection == "dense" else 0)
 
@@ -324,7 +334,7 @@ class LookupFFN(nn.Module):
         Raises:
             ValueError: the layer has no projection, which the authors' code does not know.
         """
-        if self.config.projection == "none":
+        if isinstance(self.projection, nn.Identity):
             raise ValueError('the authors\' code has no layer with projection "none"')
         scale = self.config.padded_features**-0.5 if self.config.projection == "bh4" else 1
         values = (self.tables, self.bias, self.projection.weight * scale, self.projection.bias)

@@ -49,7 +49,7 @@ def describe() -> dict:
 def _default_threads() -> set[int]:
     """What torch may have chosen by itself: the logical CPUs that it may use, or the cores that they lie in."""
     if not hasattr(os, "sched_getaffinity"):
-        return {os.cpu_count()}
+        return {os.cpu_count() or 1}
     cpus, cores = os.sched_getaffinity(0), set()
     for cpu in cpus:
         try:
@@ -98,8 +98,8 @@ def _quota(folder: Path) -> float | None:
 def respect_cpu_quota() -> None:
     """Limits torch's threads to the control groups' CPU quota, rounded down, unless they were set by hand.
 
-    ``OMP_NUM_THREADS`` and an earlier ``torch.set_num_threads`` win. More threads than the quota are put to sleep by
-    the kernel in the middle of their work, while the others wait for them.
+    ``OMP_NUM_THREADS`` and an earlier ``torch.set_num_threads`` win. More threads than the quota are throttled: the
+    kernel puts them to sleep in the middle of their work, and the others stall at the next barrier.
     """
     quota = cgroup_quota()
     by_hand = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() not in _default_threads()
@@ -123,9 +123,9 @@ def caches() -> list[dict]:
         except OSError:
             continue
         if kind != "Instruction":
-            unit = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1:], 1)
+            factor = {"K": 2**10, "M": 2**20, "G": 2**30}.get(size[-1:], 1)
             count = int(shared.replace(",", ""), 16).bit_count()
-            cache = {"level": int(level), "bytes": int(size.rstrip("KMG")) * unit, "shared_by": count}
+            cache = {"level": int(level), "bytes": int(size.rstrip("KMG")) * factor, "shared_by": count}
             for key, name in (("ways", "ways_of_associativity"), ("line_bytes", "coherency_line_size")):
                 with contextlib.suppress(OSError, ValueError):
                     cache[key] = int((folder / name).read_text(encoding="utf-8"))

@@ -2,18 +2,26 @@
 
 import functools
 import os
+import sys
 import sysconfig
 import warnings
 from pathlib import Path
 
 import torch
 
-LIBRARY = "liblookupffn_kernels.so"
+
+def library_name(name: str = "kernels") -> str:
+    """The file of the library ``name``, as CMake calls a shared library on this system."""
+    names = {"darwin": f"liblookupffn_{name}.dylib", "win32": f"lookupffn_{name}.dll"}
+    return names.get(sys.platform, f"liblookupffn_{name}.so")
 
 
 @functools.cache
-def load() -> str:
-    """Loads the kernels into torch; returns ``""``, or why there are none.
+def load(name: str = "kernels") -> str:
+    """Loads a library into torch; returns ``""``, or why there is none.
+
+    ``"kernels"`` is what the package runs on; ``"lab"``, which the hardware study measures and counts with, is loaded
+    by nothing else.
 
     Raises:
         OSError: the library is there and cannot be loaded: a broken installation must not be silently slow.
@@ -22,9 +30,9 @@ def load() -> str:
         return "LOOKUPFFN_NATIVE=0 asks to do without"
     # An editable installation leaves the library in site-packages and the sources here.
     folders = (Path(__file__).parent, Path(sysconfig.get_path("platlib")) / "lookupffn")
-    path = next((folder / LIBRARY for folder in folders if (folder / LIBRARY).exists()), None)
+    path = next((path for folder in folders if (path := folder / library_name(name)).exists()), None)
     if path is None:
-        return f"{LIBRARY} was not built (no C++ compiler, or torch missing, when lookupffn was installed)"
+        return f"{library_name(name)} was not built (no C++ compiler, or torch missing, when lookupffn was installed)"
     torch.ops.load_library(path)
     return ""
 
@@ -36,11 +44,12 @@ def available() -> bool:
 
 @functools.cache
 def warn_if_absent() -> None:
-    """Says, once a process, that the slow path is in use."""
+    """Says, once a process, that the slow path is in use, where it is."""
     if reason := load():
         warnings.warn(
             f"lookupffn runs without its compiled kernels, many times slower: {reason}. "
-            "To build them, install a C++ compiler and torch, then: pip install --no-build-isolation lookupffn",
+            "To build them, install a C++ compiler, then: "
+            "pip install --force-reinstall --no-deps --no-cache-dir lookupffn",
             stacklevel=3,
         )
 

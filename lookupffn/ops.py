@@ -1,7 +1,7 @@
 """The three operations of the layer as PyTorch operators: BH4 projection, hash and gather.
 
 Each is a ``torch.library`` operator with a shape function, a backward operator and a formula for PyTorch's flop
-counter, so ``torch.compile``, ``torch.export``, meta tensors and ``FlopCounterMode`` all see it as one unit.
+counter, so ``torch.compile``, ``torch.export``, meta tensors and ``FlopCounterMode`` all see it as one operation.
 Each equals the function of ``reference.py`` that its docstring names, on every device, up to rounding.
 
 On the CPU hash and gather run in the compiled kernels (``native.py``), forward and backward, for float32 and bfloat16;
@@ -12,6 +12,7 @@ multiplied into the blocks once a call (their gradient comes back through it) an
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,20 @@ from lookupffn import native
 from lookupffn.reference import hadamard_matrix
 
 MATRIX_WIDTH = 256  # up to this width many tokens are projected by one dense matrix, see _as_matrix
-MAX_READS = 4  # cells read per table; more would need a search instead of the closed form below
+MAX_READS = 4  # buckets probed per table; more would need a search instead of the closed form below
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type in which codes and scores of data in ``dtype`` are computed."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _have_kernels() -> bool:
+    """Whether the compiled kernels are there; where they are not, what they would have done is slow, and says so."""
+    if native.available():
+        return True
+    native.warn_if_absent()
+    return False
 
 
 # ---- BH4 projection ----------------------------------------------------------------------------------------------
@@ -76,7 +85,7 @@ class _BH4Stages:
 
 
 def _as_matrix(tokens: int, weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the whole projection is cheaper as one dense matrix, made anew in each call.
+    """Whether the whole projection is cheaper as one dense matrix, built in each call.
 
     More multiply-adds, but in one large product instead of ``stages`` times ``R n`` small ones, which run at a tenth of
     its rate; measured on the CPU at widths of 128 to 1024. Not in 16 bits, where the matrix would be rounded.
@@ -191,7 +200,7 @@ def _bit_value(z: Tensor) -> Tensor:
 
 
 def _kernels_hash(z: Tensor) -> bool:
-    return z.device.type == "cpu" and z.dtype == torch.float32 and native.available()
+    return z.device.type == "cpu" and z.dtype == torch.float32 and _have_kernels()
 
 
 @torch.library.custom_op("lookupffn::hash_codes", mutates_args=())
@@ -238,7 +247,8 @@ def _hash_codes_backward(grad: Tensor, z: Tensor, codes: Tensor) -> Tensor:
     total, probability = m.sum(-1), (1 - q).prod(-1)
     p = grad[..., 0] * probability  # here and below p and score carry the gradient that comes in
     score = p * total
-    constant, slope, correction = p, 2 * score, 0
+    constant, slope = p, 2 * score
+    correction: Tensor | int = 0
     for n in range(1, codes.shape[-1]):
         flipped = ((codes[..., n, None] ^ codes[..., :1]) & _bit_value(z) != 0).to(z.dtype)  # (B, T, tau)
         cost = (flipped * m).sum(-1)
@@ -267,14 +277,16 @@ _hash_codes.register_autograd(_hash_codes_grad, setup_context=_hash_codes_setup)
 
 
 def hash_codes(z: Tensor, reads: int = 1) -> tuple[Tensor, Tensor]:
-    """The ``reads`` nearest cells and their scores, equal to ``reference.nearest_cells`` but for the order of ties.
+    """Multi-probe hashing: the ``reads`` nearest buckets of each table and their scores.
 
-    ``z (B, T, tau)`` float32 or float64 to codes int32 and scores, both ``(B, T, reads)``, nearest cell first: it is
+    Equal to ``reference.nearest_buckets`` but for the order of ties.
+
+    ``z (B, T, tau)`` float32 or float64 to codes int32 and scores, both ``(B, T, reads)``, nearest bucket first: it is
     the sign pattern, ``code = sum_j [z_j > 0] 2**(tau-1-j)``, ``score = (sum_j |z_j|) prod_j sigmoid(2 |z_j|)``.
     Differentiable in ``z`` through the scores alone; codes are constants (paper, section 3).
 
     Raises:
-        ValueError: ``z`` has more than 16 bits a code or a narrow dtype, or fewer cells than ``reads``.
+        ValueError: ``z`` has more than 16 bits a code or a narrow dtype, or fewer buckets than ``reads``.
     """
     if z.dtype not in (torch.float32, torch.float64) or z.dim() != 3 or not 1 <= z.shape[-1] <= 16:
         raise ValueError(f"hash_codes needs z (B, T, 1 to 16) in float32 or float64, not {list(z.shape)} {z.dtype}")
@@ -291,7 +303,7 @@ def hash_codes(z: Tensor, reads: int = 1) -> tuple[Tensor, Tensor]:
 def _kernels_gather(tables: Tensor, codes: Tensor, scores: Tensor) -> bool:
     fits = tables.device.type == "cpu" and tables.numel() > 0 and codes.shape[2] > 0
     fits = fits and tables.dtype in (torch.float32, torch.bfloat16)
-    return fits and codes.dtype == torch.int32 and scores.dtype == torch.float32 and native.available()
+    return fits and codes.dtype == torch.int32 and scores.dtype == torch.float32 and _have_kernels()
 
 
 def _bags(tables: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -373,13 +385,13 @@ def gather(tables: Tensor, codes: Tensor, scores: Tensor) -> Tensor:
 # Two a multiply-add, products with blocks and rows only: Hadamards are additions, and code and score cost O(T tau).
 
 
-def bh4_flops(tokens: int, weight_shape) -> int:
+def bh4_flops(tokens: int, weight_shape: Sequence[int]) -> int:
     """``2 B R 4 D' b`` floating-point operations of the BH4 projection of ``tokens`` tokens."""
     repeats, stages, n, b, _ = weight_shape
     return 2 * tokens * repeats * stages * n * b * b
 
 
-def gather_flops(tokens: int, tables_shape, reads: int) -> int:
+def gather_flops(tokens: int, tables_shape: Sequence[int], reads: int) -> int:
     """``2 B T N E`` floating-point operations of the gather of ``tokens`` tokens."""
     num_tables, _, out_features = tables_shape
     return 2 * tokens * num_tables * reads * out_features

@@ -20,7 +20,9 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def hadamard_matrix(size: int, *, dtype=torch.float64, device=None) -> Tensor:
+def hadamard_matrix(
+    size: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> Tensor:
     """Orthonormal Walsh-Hadamard matrix ``H (size, size)`` in Sylvester's order; ``H = H^T = H^-1``.
 
     ``H_1 = [1]``, ``H_2n = [[H_n, H_n], [H_n, -H_n]] / sqrt(2)``, hence ``H_mn = H_m (x) H_n``.
@@ -66,7 +68,7 @@ def sign_codes(z: Tensor) -> Tensor:
     A NaN compares false, so its bit is 0 and the code stays in range.
     """
     tau = z.shape[-1]
-    return sum((z[..., j] > 0).long() << (tau - 1 - j) for j in range(tau))
+    return torch.stack([(z[..., j] > 0).long() << (tau - 1 - j) for j in range(tau)]).sum(0)
 
 
 def sign_score(z: Tensor) -> Tensor:
@@ -75,19 +77,21 @@ def sign_score(z: Tensor) -> Tensor:
     return m.sum(-1) * torch.sigmoid(2 * m).prod(-1)
 
 
-def cell_signs(code_bits: int, *, dtype=torch.float64, device=None) -> Tensor:
+def bucket_signs(
+    code_bits: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> Tensor:
     """The sign patterns ``S (K, tau)``, entries ``+1`` or ``-1``; row ``i`` is the pattern whose code is ``i``."""
     shifts = torch.arange(code_bits - 1, -1, -1, device=device)
     return ((torch.arange(2**code_bits, device=device)[:, None] >> shifts & 1) * 2 - 1).to(dtype)
 
 
-def nearest_cells(z: Tensor, reads: int) -> tuple[Tensor, Tensor]:
-    """The ``N`` most probable cells and their scores, by looking at all ``K`` of them (the paper's N-term form).
+def nearest_buckets(z: Tensor, reads: int) -> tuple[Tensor, Tensor]:
+    """The ``N`` most probable buckets of a table and their scores, by looking at all ``K`` (the paper's N-term form).
 
     ``p = softmax_i(<z, S_i>)`` and ``score_i = <z, S_i> p_i``; ``z (..., tau)`` to codes and scores ``(..., N)``,
     most probable first. For ``N = 1`` this equals ``sign_codes`` and ``sign_score``.
     """
-    inner = z @ cell_signs(z.shape[-1], dtype=z.dtype, device=z.device).T  # (..., K)
+    inner = z @ bucket_signs(z.shape[-1], dtype=z.dtype, device=z.device).T  # (..., K)
     codes = inner.argsort(dim=-1, descending=True, stable=True)[..., :reads]
     return codes, (inner * inner.softmax(-1)).gather(-1, codes)
 
@@ -104,5 +108,5 @@ def gather(tables: Tensor, codes: Tensor, scores: Tensor) -> Tensor:
 
 def lookup_ffn(z: Tensor, tables: Tensor, bias: Tensor, reads: int = 1) -> Tensor:
     """The layer after its projection: ``z (B, T, tau)`` to ``(B, E)``, hash, score, gather and bias."""
-    codes, scores = nearest_cells(z, reads)
+    codes, scores = nearest_buckets(z, reads)
     return gather(tables, codes, scores) + bias

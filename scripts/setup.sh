@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set-up for make: `install VENV` makes a virtual environment with the package and its extras, `install-rivals VENV` adds
-# the benchmark's, `check-compiler` says whether torch.compile can build here. Whatever is missing is named in one line;
-# pip's own words go to a log.
+# Set-up for make: `install VENV` makes a virtual environment with the package, its extra `lab` and the development tools;
+# `install-bench VENV` adds the engines that the benchmark compares with; `check-compiler` says whether torch.compile can
+# build here. Whatever is missing is named in one line; pip's own words go to a log.
 set -euo pipefail
 
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -18,13 +18,34 @@ find_python() {
     fail "needs Python 3.11 or newer; ${PYTHON:-python3} is ${found:-not there}. Set PYTHON=/path/to/python3.11"
 }
 
-# pip_install WHAT... : quiet, and one line where it fails.
+# pip_install WHAT... : quiet, and one line where it fails. Bytecode is written where a module is first imported: most of
+# torch, transformers and sympy never is, and compiling all of it takes as long as the kernels.
 pip_install() {
-    if ! "$venv/bin/python" -m pip install --disable-pip-version-check --retries 2 "$@" >>"$log" 2>&1; then
+    if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile --retries 2 "$@" >>"$log" 2>&1; then
         if grep -qiE 'connection|resolution|timed out|no matching distribution|network' "$log"; then
             fail "pip could not fetch '${*: -1}': is there a network, and is Python's package index reachable? Details: $log"
         fi
         fail "pip could not install '${*: -1}'. Details: $log"
+    fi
+}
+
+# install_requirements EXTRA... [--group GROUP]: what pyproject.toml asks for, without building the package itself.
+install_requirements() {
+    local found
+    found=$("$venv/bin/python" scripts/requirements.py "$@" 2>>"$log") || fail "pyproject.toml cannot be read. Details: $log"
+    pip_install $found # one a line, without spaces
+}
+
+# The package, editable, with its kernels and their C++ tests. The build folder is kept, so that only what changed is
+# compiled, and the tests' programs lie there.
+install_kernels() {
+    log=$venv/kernels.log
+    : >"$log"
+    pip_install --verbose --no-deps --no-build-isolation --config-settings=build-dir=build/kernels \
+        --config-settings=cmake.define.LOOKUPFFN_TESTS=ON --editable .
+    if ! compgen -G "$venv/lib/python*/site-packages/lookupffn/*lookupffn_kernels.*" >/dev/null; then
+        grep -m 5 -E 'error:|CMake Error' "$log" >&2 || true
+        fail "the kernels could not be built. Details: $log"
     fi
 }
 
@@ -38,18 +59,36 @@ install() {
             fail "'$python -m venv' failed: install your system's python3-venv package"
         fi
     fi
+    if [[ $venv/.packages -nt pyproject.toml && $venv/.packages -nt scripts/setup.sh ]]; then
+        echo "setup: building the kernels"
+        install_kernels
+        return
+    fi
     : >"$log"
+    pip_install --upgrade 'pip>=25.1' # an old one takes twice as long to resolve what is asked for below
     echo "setup: installing torch 2.13.0"
-    pip_install torch==2.13.0 # first, so that nothing below pulls another build of it
-    echo "setup: installing lookupffn with its extras, and building its kernels"
-    pip_install scikit-build-core cmake ninja # by hand, because build isolation would fetch another torch
-    pip_install --no-build-isolation --editable '.[dev]'
+    # First, so that nothing below pulls another build of it; with it what builds the kernels, as isolation would fetch
+    # its own and lose the build folder.
+    pip_install torch==2.13.0 scikit-build-core cmake ninja
+    echo "setup: building the kernels, and installing lookupffn's extras and development tools beside that"
+    install_kernels &
+    local kernels=$! failed=
+    (install_requirements lab --group dev && write_bytecode) || failed=1
+    wait "$kernels" || failed=1
+    [[ -z $failed ]] || exit 1
+    touch "$venv/.packages"
 }
 
-install_rivals() {
+# Of what nearly every command and test imports; the compiler has the other cores.
+write_bytecode() {
+    PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -W ignore -c \
+        'import transformers.trainer, datasets, matplotlib.figure' >>"$log" 2>&1 || true
+}
+
+install_bench() {
     venv=$1 log=$1/setup.log
     echo "setup: installing the engines that the benchmark compares with"
-    pip_install --no-build-isolation --editable '.[dev,bench]'
+    install_requirements bench
 }
 
 check_compiler() {
@@ -59,7 +98,7 @@ check_compiler() {
 cd "$(dirname "$0")/.."
 case ${1:-} in
     install) install "$2" ;;
-    install-rivals) install_rivals "$2" ;;
+    install-bench) install_bench "$2" ;;
     check-compiler) check_compiler ;;
-    *) fail "usage: scripts/setup.sh install VENV | install-rivals VENV | check-compiler" ;;
+    *) fail "usage: scripts/setup.sh install VENV | install-bench VENV | check-compiler" ;;
 esac

@@ -18,9 +18,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """What is computed here is small: more threads wait for each other, on a busy machine ten times as long as it."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def one_thread():
-    """One thread, on a machine that may have other work; tests of threads ask for more."""
+    """One thread, and again after a test that asks for more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

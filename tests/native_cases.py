@@ -42,7 +42,7 @@ def run_python(code, timeout=120, **environment):
 def call(packed, x, isa="", tiling=None):
     t = tiling or Tiling()
     out_features = read_header(packed)["out_features"]
-    return torch.ops.lookupffn.packed_forward(
+    return torch.ops.lookupffn.packed_forward_isa(
         x, packed, out_features, t.tile_tokens, t.groups_per_block, t.prefetch_distance, t.serial_tokens, isa
     )
 
@@ -97,14 +97,14 @@ def expected(u, z, bfloat16=False):
         scales = u.table_scales.double()[:, None]
         scores, error = scores * scales, error * scales + EPS * scores.abs() * scales
         largest = scores.abs().amax((1, 2), keepdim=True)
-        per_unit = (127 / largest).where(largest > 1e-30, 0)
-        drift = (error.amax((1, 2), keepdim=True) / largest).where(largest > 1e-30, 0) + 4 * EPS  # of the step
-        value = scores.abs() * per_unit
-        slack = error * per_unit + value * drift
-        low, high, step = (value - slack).clamp(min=0).round(), (value + slack).round(), largest[:, 0] / 127
-        step = step.where(largest[:, 0] > 1e-30, 0)
-        y = reference.gather(rows, codes, value.round() * scores.sign()) * step
-        bound = reference.gather(rows.abs(), codes, high - low + value.round() * drift) * step
+        inverse_scale = (127 / largest).where(largest > 1e-30, 0)
+        drift = (error.amax((1, 2), keepdim=True) / largest).where(largest > 1e-30, 0) + 4 * EPS  # of the scale
+        value = scores.abs() * inverse_scale
+        margin = error * inverse_scale + value * drift
+        low, high, scale = (value - margin).clamp(min=0).round(), (value + margin).round(), largest[:, 0] / 127
+        scale = scale.where(largest[:, 0] > 1e-30, 0)
+        y = reference.gather(rows, codes, value.round() * scores.sign()) * scale
+        bound = reference.gather(rows.abs(), codes, high - low + value.round() * drift) * scale
     y, bound = y + bias, bound + 2 * EPS * (y.abs() + bias.abs())
     return y, bound + (2.0**-8 * (y.abs() + bound) if bfloat16 else 0)
 

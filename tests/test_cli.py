@@ -1,13 +1,21 @@
 """The command line as it is typed."""
 
+import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from lookupffn.__main__ import _assignment, _read_config, app, main
+from lookupffn import LookupConfig, LookupFFN, extras, native, pack, save_packed
+from lookupffn.__main__ import app, main
+from lookupffn.bench.engines import DENSE_ENGINES
+from lookupffn.runtime import tuning
+from lookupffn.train.commands import _assignment, read_config
 from lookupffn.train.config import PretrainConfig
 
 
@@ -87,7 +95,7 @@ def test_every_setting_has_a_flag_with_its_help():
 
 
 def test_the_shipped_recipe_is_the_authors():
-    config = PretrainConfig(**_read_config("small-512"))
+    config = PretrainConfig(**read_config("small-512"))
     assert (config.steps, config.batch_size, config.sequence_length) == (250_000, 256, 512)
     assert (config.learning_rate, config.warmup_steps, config.weight_decay) == (1e-4, 10_000, 0.01)
     assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon) == (0.9, 0.98, 1e-6)
@@ -99,7 +107,7 @@ def test_a_bad_config_file_is_named(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        _read_config(str(path))
+        read_config(str(path))
 
 
 @pytest.mark.parametrize(
@@ -122,9 +130,9 @@ def test_the_recipes_of_the_experiments_can_be_planned():
     from lookupffn.lab.compare import plan
 
     for name in ("quality", "levers", "imdb-small"):
-        file = _read_config(str(Path(__file__).parents[1] / "experiments" / f"{name}.yaml"))
+        file = read_config(str(Path(__file__).parents[1] / "experiments" / f"{name}.yaml"))
         runs = plan(file["recipes"], file["common"], list(file["recipes"]), [0], [file["common"]["steps"]], "out")
-        assert len(runs) == len(file["recipes"])
+        assert len(runs) == len(file["recipes"]) > 0
 
 
 def test_an_unknown_setting_is_named(tmp_path, run):
@@ -139,3 +147,148 @@ def test_assignments_take_yaml_values():
     assert _assignment("model", "num_tables=8") == ("num_tables", 8)
     assert _assignment("model", "projection=dense") == ("projection", "dense")
     assert _assignment("model", "decay=0.5") == ("decay", 0.5)
+
+
+# ---- Extras ----------------------------------------------------------------------------------------------------------
+
+
+def without(packages, code):
+    """Runs ``code`` in an interpreter that does not find the packages."""
+    hide = f"import sys; sys.modules |= dict.fromkeys({packages!r})\n"
+    return subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True)
+
+
+def test_without_its_extra_the_command_line_is_one_line():
+    done = without(["typer"], "from lookupffn.__main__ import main; main()")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lookupffn: the command line needs typer: pip install 'lookupffn[cli]'\n"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "arguments", "what", "extra"),
+    [
+        (["accelerate", "datasets"], ["pretrain"], "pretrain needs accelerate, datasets", "train"),
+        (["transformers"], ["finetune"], "finetune needs transformers", "train"),
+        (["matplotlib"], ["bench"], "bench needs matplotlib", "bench"),
+        (["matplotlib"], ["compare", "--ffn=dense"], "compare needs matplotlib", "lab"),
+        (["jinja2"], ["demo"], "demo needs jinja2", "lab"),
+        (["jinja2"], ["hardware", "study"], "hardware study needs jinja2", "lab"),
+    ],
+)
+def test_a_command_without_its_packages_names_the_extra_first(
+    hidden, arguments, what, extra, run, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    for name in hidden:
+        monkeypatch.setitem(sys.modules, name, None)
+    status, error = run(*arguments)
+    assert status == 2
+    assert error == f"lookupffn: lookupffn {what}, not installed here: pip install 'lookupffn[{extra}]'"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_models_without_their_packages_name_the_extra():
+    done = without(["transformers"], "import lookupffn.hf")
+    said = "lookupffn.hf needs transformers, not installed here: pip install 'lookupffn[hf]'"
+    assert done.stderr.splitlines()[-1] == f"lookupffn.extras.MissingExtraError: {said}"
+
+
+def test_every_command_has_its_help_where_its_packages_are_missing():
+    other = sorted(set(extras.PACKAGES["lab"]) - set(extras.PACKAGES["cli"]))
+    code = """
+from typer.testing import CliRunner
+from lookupffn.__main__ import app
+for arguments in ([], ["pretrain"], ["bench"], ["demo"], ["hardware"], ["hardware", "study"]):
+    done = CliRunner().invoke(app, [*arguments, "--help"])
+    assert done.exit_code == 0 and "Usage" in done.output, done.output
+"""
+    done = without(other, code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_extras_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    imported_as = {"pyyaml": "yaml"}
+
+    def packages(extra):
+        for requirement in project["optional-dependencies"][extra]:
+            name, others = re.match(r"([\w-]+)(?:\[([\w,]+)\])?", requirement).groups()
+            if name == "lookupffn":
+                yield from (name for other in others.split(",") for name in packages(other))
+            else:
+                yield imported_as.get(name, name)
+
+    engines = {engine.package for engine in DENSE_ENGINES} | {"onnx"}  # left out of the comparison where missing
+    assert set(extras.PACKAGES) == set(project["optional-dependencies"])
+    for extra, names in extras.PACKAGES.items():
+        assert set(names) == set(packages(extra)) - engines
+
+
+# ---- Tune ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path, one_thread):
+    """What ``lookupffn tune`` prints, the choices that it keeps, and how often it times."""
+    if not native.available():
+        pytest.skip("the kernels were not built")
+    monkeypatch.setenv("LOOKUPFFN_CACHE", str(tmp_path / "cache"))
+    timed, measure = [], tuning._timed_choice
+    monkeypatch.setattr(tuning, "_timed_choice", lambda *given: timed.append(given) or measure(*given))
+
+    def run(*arguments):
+        timed.clear()
+        done = CliRunner().invoke(app, ["tune", "--seconds=0.01", *map(str, arguments)], env={"COLUMNS": "200"})
+        assert done.exit_code == 0, done.output
+        return done.output, json.loads(tuning.cache_file().read_text()), len(timed)
+
+    return run
+
+
+def test_tune_times_every_layer_of_a_packed_file_once_a_shape_and_keeps_the_choices(tuned, tmp_path):
+    small, other = LookupConfig(20, 20, 9, 4, block_size=4), LookupConfig(20, 20, 40, 4, block_size=4)
+    configs = {"a": small, "b": small, "c": small, "d": other}
+    model = torch.nn.ModuleDict({name: LookupFFN(config) for name, config in configs.items()})
+    save_packed(pack(model), tmp_path / "model.safetensors")
+    printed, kept, times = tuned(tmp_path / "model.safetensors", "--tokens=3")
+    assert times == len(kept) == 2
+    assert "model.safetensors a and 2 alike" in printed
+    assert "model.safetensors d, " in printed
+    assert printed.count("formula") == printed.count("timed") == 2
+    assert "3 tokens" in printed
+    layer = pack(model["d"], tune=True)  # takes the choice that was kept
+    sizes = [line.split()[1:5] for line in printed.splitlines() if line.split()[:1] == ["timed"]]
+    assert sizes[1] == [str(size) for size in vars(layer.tiling).values()]
+
+
+def test_tune_of_a_shape_times_anew_though_a_choice_is_kept(tuned):
+    shape = ("--hidden-size=20", "--num-tables=9", "--code-bits=4", "--block-size=4", "--dtype=bfloat16")
+    for _ in range(2):
+        printed, kept, times = tuned(*shape)
+        assert times == len(kept) == 1
+    assert "random weights" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.safetensors"], "nothing.safetensors"),
+        (["pyproject.toml"], "pyproject.toml is damaged or no file of packed layers"),
+        (["--dtype=fp4"], "tables must be one of float32, bfloat16, int8"),
+        (["--tokens=0"], "tokens and seconds must be positive, not 0"),
+        (["--code-bits=17"], "code_bits must be 1 to 16, not 17"),
+    ],
+)
+def test_what_tune_cannot_read_is_named(arguments, message, run, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(native, "load", lambda: "")
+    status, error = run("tune", *arguments)
+    assert status == 2
+    assert message in error
+
+
+def test_tune_without_the_kernels_says_why_there_are_none(run, monkeypatch):
+    monkeypatch.setattr(native, "load", lambda: "a test asks to do without")
+    status, error = run("tune")
+    assert status == 2
+    assert "no loops to tune: a test asks to do without" in error

@@ -19,19 +19,19 @@ def test_statistics_by_hand():
     assert row["layer"] == 0
     assert row["name"] == "0"
     assert row["tokens"] == 4
-    assert row["cells_used"] == (2 + 4) / 8
+    assert row["buckets_used"] == (2 + 4) / 8
     assert row["code_entropy"] == pytest.approx((1 + 2) / 2 / 2)
     assert (row["dead_bits"], row["bits"]) == (1, 4)
     assert row["margin_quantiles"]["0.5"] == 1.0
     assert row["margin_quantiles"]["0.95"] == pytest.approx(x.abs().flatten().quantile(0.95).item())
 
 
-def test_a_cell_counts_as_used_by_the_second_read_too():
+def test_a_bucket_counts_as_used_by_the_second_probe_too():
     model = nn.Sequential(LookupFFN(LookupConfig(2, 3, num_tables=1, code_bits=2, projection="none", reads=2)))
     with HashMonitor(model) as monitor:
-        model(torch.tensor([[2.0, 1.0]]))  # cell 11, then 10
+        model(torch.tensor([[2.0, 1.0]]))  # bucket 11, then 10
     (row,) = monitor.summary()
-    assert (row["tokens"], row["cells_used"], row["code_entropy"], row["dead_bits"]) == (1, 2 / 4, 0, 2)
+    assert (row["tokens"], row["buckets_used"], row["code_entropy"], row["dead_bits"]) == (1, 2 / 4, 0, 2)
 
 
 def test_counts_add_up_over_calls_and_stop_when_closed():

@@ -1,14 +1,12 @@
 """The layer as its user meets it: any shape, dtype and device, compiled and exported, converted from the authors'."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lookupffn import LookupConfig, LookupFFN, reference
+from lookupffn import LookupConfig, LookupFFN, ops, reference
 
 F64 = torch.float64
 
@@ -71,14 +69,16 @@ def test_float32_flips_a_code_only_within_the_projections_bound(config, device):
     x = torch.randn(200, config.in_features, device=device)
     z64 = reference_z(exact, x.double())
     ours = layer.projection(x).view_as(z64)
-    bound = (ours - z64).abs().max()
-    assert bound <= 1e-5 * z64.abs().max()
-    flipped = (ours > 0) != (z64 > 0)
-    assert (z64[flipped].abs() <= bound).all()
-    same = ~flipped.flatten(1).any(1)
-    if config.reads > 1:  # the order of two cells as likely as each other may differ too
-        rank = reference.nearest_cells(ours.double(), config.reads)[0] == reference.nearest_cells(z64, config.reads)[0]
-        same &= rank.flatten(1).all(1)
+    bound = 1e-5 * z64.abs().max()
+    assert (ours - z64).abs().max() <= bound
+    away = (z64.abs() > bound).all(-1)
+    assert away.double().mean() > 0.99
+    codes, _ = ops.hash_codes(ours, config.reads)
+    assert torch.equal(codes[..., 0][away], reference.sign_codes(z64)[away].int())
+    same = ~((ours > 0) != (z64 > 0)).flatten(1).any(1)
+    if config.reads > 1:  # the order of two buckets as likely as each other may differ too
+        rank, rank64 = (reference.nearest_buckets(z, config.reads)[0] for z in (ours.double(), z64))
+        same &= (rank == rank64).flatten(1).all(1)
     assert same.float().mean() > 0.9
     torch.testing.assert_close(layer(x)[same].double(), exact(x.double())[same], rtol=0, atol=1e-4)
 
@@ -114,7 +114,7 @@ def test_bfloat16_stays_near_float32_for_the_same_codes(config, device):
     assert x.grad.isfinite().all()
     z = layer.projection(x).double().view(-1, config.num_tables, config.code_bits)
     expected = reference.lookup_ffn(z, layer.tables.double(), layer.bias.double(), config.reads)
-    codes, scores = reference.nearest_cells(z, config.reads)
+    codes, scores = reference.nearest_buckets(z, config.reads)
     size = reference.gather(layer.tables.double().abs(), codes, scores.abs()) + layer.bias.double().abs()
     assert ((y.double() - expected).abs() <= 0.02 * size + 1e-6).all()
 
@@ -161,8 +161,15 @@ def test_meta_device_then_materialised(config):
     layer = LookupFFN(config, device="meta")
     assert layer(torch.empty(2, 3, config.in_features, device="meta")).shape == (2, 3, config.out_features)
     layer = layer.to_empty(device="cpu")
-    layer.init_parameters()
-    assert layer(torch.randn(4, config.in_features)).isfinite().all()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(torch.nan)  # whatever memory may hold
+    drawn = LookupFFN(config)
+    for one in (layer, drawn):
+        torch.manual_seed(5)
+        one.init_parameters()
+    for (name, ours), theirs in zip(layer.state_dict().items(), drawn.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[6]], ids=name)
@@ -385,11 +392,3 @@ def test_config_round_trips_and_is_frozen():
     assert LookupConfig(**config.to_dict()) == config
     with pytest.raises(AttributeError):
         config.reads = 2
-
-
-def test_importing_the_package_is_light():
-    code = (
-        "import sys, threading, lookupffn; assert 'transformers' not in sys.modules; "
-        "assert threading.active_count() == 1; assert len(lookupffn.__all__) <= 15"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

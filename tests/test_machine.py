@@ -1,9 +1,11 @@
 """What the machine is and what a container leaves of it: control groups in folders that a test made."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,9 +95,10 @@ def test_a_group_of_another_namespace_is_no_error(tmp_path):
     assert machine.cgroup_quota(version_2(tmp_path, "/../../other", {"": "200000 100000"})) == 2.0
 
 
-def test_this_machines_own_quota_is_none_or_positive():
-    quota = machine.cgroup_quota()
-    assert quota is None or quota > 0
+def test_this_machines_own_quota_is_at_most_that_of_its_topmost_group():
+    topmost = [machine._quota(Path("/sys/fs/cgroup") / folder) for folder in ("", "cpu")]
+    quota = machine.cgroup_quota() or math.inf
+    assert 0 < quota <= min((q for q in topmost if q is not None), default=math.inf)
 
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
@@ -186,6 +189,8 @@ def test_the_machine_is_described_in_numbers_that_json_keeps():
 
 def test_caches_are_those_that_linux_tells_of():
     caches = machine.caches()
+    kinds = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/type")]
+    assert len(caches) == sum(kind != "Instruction" for kind in kinds)
     for cache in caches:
         assert {"level", "bytes", "shared_by"} <= set(cache) <= {"level", "bytes", "shared_by", "ways", "line_bytes"}
         assert 1 <= cache["level"] <= 4

@@ -73,10 +73,10 @@ HASH_SHAPES = [(tau, reads) for tau in (1, 2, 3, 7, 8, 12) for reads in range(1,
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize(("tau", "reads"), HASH_SHAPES)
-def test_hash_equals_the_search_over_all_cells(tau, reads, dtype, device):
+def test_hash_equals_the_search_over_all_buckets(tau, reads, dtype, device):
     z = torch.randn(17, 5, tau, dtype=dtype, device=device)
     codes, scores = ops.hash_codes(z, reads)
-    expected_codes, expected_scores = reference.nearest_cells(z.double(), reads)
+    expected_codes, expected_scores = reference.nearest_buckets(z.double(), reads)
     assert torch.equal(codes, expected_codes.int())  # bitwise: the same z, so no tolerance
     torch.testing.assert_close(
         scores.double(),
@@ -86,7 +86,7 @@ def test_hash_equals_the_search_over_all_cells(tau, reads, dtype, device):
     )
 
 
-def test_hash_of_sixteen_bits_reaches_the_last_cell():
+def test_hash_of_sixteen_bits_reaches_the_last_bucket():
     codes, scores = ops.hash_codes(torch.full((1, 1, 16), 3.0), 1)
     assert codes.item() == 2**16 - 1
     assert scores.item() == pytest.approx(48 * torch.sigmoid(torch.tensor(6.0)).item() ** 16, rel=1e-5)
@@ -120,9 +120,9 @@ def test_hash_gradients(tau, reads, device):
     z = torch.randn(9, 3, tau, dtype=F64, device=device).requires_grad_()
     grad = torch.randn(9, 3, reads, dtype=F64, device=device)
     (ours,) = torch.autograd.grad(ops.hash_codes(z, reads)[1], z, grad)
-    (theirs,) = torch.autograd.grad(reference.nearest_cells(z, reads)[1], z, grad)
+    (theirs,) = torch.autograd.grad(reference.nearest_buckets(z, reads)[1], z, grad)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    away = z.detach() + 0.1 * z.detach().sign()  # no sign flips and no cell changes rank within the step of gradcheck
+    away = z.detach() + 0.1 * z.detach().sign()  # no sign flips and no bucket changes rank within the step of gradcheck
     assert torch.autograd.gradcheck(lambda z: ops.hash_codes(z, reads)[1], away.requires_grad_())
 
 

@@ -54,20 +54,20 @@ def test_score_by_hand():
 @pytest.mark.parametrize("tau", [1, 2, 3, 8])
 def test_score_is_the_largest_softmax_term_times_its_inner_product(tau):
     z = torch.randn(50, tau, dtype=F64) * 2
-    inner = z @ reference.cell_signs(tau).T
+    inner = z @ reference.bucket_signs(tau).T
     code, score = reference.sign_codes(z), reference.sign_score(z)
     assert torch.equal(inner.argmax(1), code)
     torch.testing.assert_close(inner.softmax(1).max(1).values * inner.max(1).values, score)
     m = z.abs()  # the other spelling of the same number
     torch.testing.assert_close(m.sum(1) / (1 + torch.exp(-2 * m)).prod(1), score)
-    codes, scores = reference.nearest_cells(z, 1)
+    codes, scores = reference.nearest_buckets(z, 1)
     assert torch.equal(codes[:, 0], code)
     torch.testing.assert_close(scores[:, 0], score)
 
 
-def test_nearest_cells_by_hand():
-    # z = (1, -2): cells 10 (3), 00 (1), 11 (-1), 01 (-3) by inner product
-    codes, scores = reference.nearest_cells(torch.tensor([[1.0, -2.0]], dtype=F64), 4)
+def test_nearest_buckets_by_hand():
+    # z = (1, -2): buckets 10 (3), 00 (1), 11 (-1), 01 (-3) by inner product
+    codes, scores = reference.nearest_buckets(torch.tensor([[1.0, -2.0]], dtype=F64), 4)
     assert codes.tolist() == [[0b10, 0b00, 0b11, 0b01]]
     total = sum(math.exp(v) for v in (3, 1, -1, -3))
     expected = [v * math.exp(v) / total for v in (3, 1, -1, -3)]

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from lookupffn import machine, native
-from lookupffn.bench.engines import DENSE_ENGINES, dense_chain, torch_runner
+from lookupffn.bench.engines import dense_chain, dense_runs, torch_runner
 from lookupffn.bench.timing import Timing, keep_freed_memory, time_interleaved
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.layer import LookupConfig, LookupFFN
@@ -132,20 +132,13 @@ def _bench_shape(hidden_size, intermediate_size, tokens, threads, seconds, seed,
             for n in (n for n in tokens if (CHAIN if n <= CHAINED_TOKENS else 1) == layers):
                 generator = torch.Generator().manual_seed(seed)
                 inputs = torch.randn(max(1, DISTINCT_TOKENS // n), n, hidden_size, generator=generator).unbind(0)
-                calls, about = {}, {}
-                for engine in DENSE_ENGINES:
-                    label = f"{engine.name} {engine.dtype}{', compiled' if engine.compiled else ''}"
-                    about[label] = dense | {"engine": engine.name, "dtype": engine.dtype, "compiled": engine.compiled}
-                    try:
-                        if not engine.available:
-                            raise ModuleNotFoundError(
-                                f"{engine.package} is not installed: pip install 'lookupffn[bench]'"
-                            )
-                        calls[label] = engine.build(chain, inputs[0], threads)
-                    except Exception as error:  # whatever a rival's library raises must not end the comparison
-                        if label not in failed:
-                            console.print(f"[yellow]left out:[/] {label}: {str(error).splitlines()[0][:200]}")
-                        failed.add(label)
+                runs, left_out = dense_runs(chain, inputs[0], threads)
+                calls = {engine.label: run for engine, run in runs.items()}
+                about = {e.label: dense | {"engine": e.name, "dtype": e.dtype, "compiled": e.compiled} for e in runs}
+                for engine, reason in left_out.items():
+                    if engine.label not in failed:
+                        console.print(f"[yellow]left out:[/] {engine.label}: {reason}")
+                    failed.add(engine.label)
                 for lookup, model in packed.items():
                     calls[lookup.label] = torch_runner(model, inputs, compiled=lookup.compiled)
                     about[lookup.label] = {
@@ -185,7 +178,7 @@ def _packed_chain(lookup: Lookup, hidden_size: int, layers: int, seed: int) -> n
     chain = []
     for _ in range(layers):
         layer = LookupFFN(lookup.config(hidden_size))
-        chain.append(pack(layer, lookup.dtype, projection_dtype=lookup.projection_dtype))
+        chain.append(pack(layer, lookup.dtype, projection=lookup.projection_dtype))
     return nn.Sequential(*chain).eval()
 
 
@@ -221,7 +214,7 @@ def _bench_training(hidden_size: int, intermediate_size: int, seed: int) -> list
 
 def _gather_bandwidth(seed: int) -> list[dict]:
     """Bytes a second of the gather's rows, beside those of random lines from half of L2, on one thread."""
-    if not native.available():
+    if native.load() or native.load("lab"):
         return []
     torch.manual_seed(seed)
     l2 = next((cache["bytes"] for cache in machine.caches() if cache["level"] == 2), 1 << 20)
@@ -238,7 +231,7 @@ def _gather_bandwidth(seed: int) -> list[dict]:
         )
 
     probe = time_interleaved(
-        {"probe": lambda: torch.ops.lookupffn.read_lines(memory, lines, rounds), "gather": gather}, 3.0
+        {"probe": lambda: torch.ops.lookupffn_lab.read_lines(memory, lines, rounds), "gather": gather}, 3.0
     )["probe"]
     project, hashing, gathering = torch.stack(stages[3:]).median(0).values.tolist()
     row_bytes = 128 * 512 * tokens

@@ -36,6 +36,10 @@ class Engine:
     def available(self) -> bool:
         return self.package is None or find_spec(self.package) is not None
 
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.dtype}{', compiled' if self.compiled else ''}"
+
 
 def dense_chain(hidden_size: int, intermediate_size: int, layers: int, seed: int) -> nn.Sequential:
     """``layers`` dense FFNs in a row, float32, PyTorch's initialisation."""
@@ -47,9 +51,12 @@ def dense_chain(hidden_size: int, intermediate_size: int, layers: int, seed: int
 
 
 def torch_runner(model: nn.Module, inputs: Sequence[Tensor], *, compiled: bool) -> Run:
-    """Runs a PyTorch module on ``inputs`` in turn without gradients, eager or compiled for exactly their shape."""
+    """Runs a PyTorch module on ``inputs`` in turn without gradients, eager or compiled for exactly their shape.
+
+    Whoever goes on to another set of models calls ``torch._dynamo.reset()`` first: a class of modules is compiled for
+    some shapes and types only.
+    """
     if compiled:
-        torch._dynamo.reset()
         model = torch.compile(model, fullgraph=True, dynamic=False)
 
     turns = itertools.cycle(inputs)
@@ -170,3 +177,22 @@ DENSE_ENGINES = (
     Engine("OpenVINO", "float32", False, "openvino", _openvino("f32")),
     Engine("OpenVINO", "bfloat16", False, "openvino", _openvino("bf16")),
 )
+
+
+def dense_runs(chain: nn.Sequential, x: Tensor, threads: int) -> tuple[dict[Engine, Run], dict[Engine, str]]:
+    """``chain`` on ``x`` in every engine at hand, each run once; and why the others are left out."""
+    torch._dynamo.reset()
+    runs, left_out = {}, {}
+    for engine in DENSE_ENGINES:
+        if not engine.available:
+            left_out[engine] = f"{engine.package} is not installed: pip install 'lookupffn[bench]'"
+            continue
+        try:
+            runs[engine] = engine.build(chain, x, threads)
+        except Exception as error:  # whatever a baseline's library raises must not end the comparison
+            left_out[engine] = first_line(error)
+    return runs, left_out
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

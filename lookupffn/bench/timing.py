@@ -29,8 +29,8 @@ def time_interleaved(
     """Times every call in turn, round after round, for about ``seconds`` in all.
 
     A measurement is as many calls as fill about ``block`` seconds. ``pause`` lets the threads of one call's library go
-    to sleep before the next one's run. Because the calls alternate, a machine that slows
-    down slows all of them: their ratio holds where a single time does not.
+    to sleep before the next one's run. Because the calls alternate, a machine that slows down slows all of them: their
+    ratio holds where a single time does not.
     """
     repeats = {}
     for name, call in calls.items():

@@ -3,7 +3,7 @@
 An FFN is a module ``x (..., hidden_size)`` to the same, with
 
 - ``flops(tokens)`` and ``bytes_read(tokens)``: what an inference forward pass costs;
-- ``init_parameters(std)``, where it has parameters of its own: draws them anew, ``std`` being the model's
+- ``init_parameters(std)``, where it has parameters of its own: re-initialises them, ``std`` being the model's
   ``initializer_range``;
 - ``auxiliary_loss``, where its method has one: set by ``forward`` in training, weighted, a mean over tokens;
 - ``row_parameters``, where a token reads rows of some parameters: their names, for a learning rate of their own.
@@ -14,13 +14,14 @@ constructor's signature. One of your own, in your own package::
     @lookupffn.ffns.register("mine")
     class MyFFN(nn.Module): ...
 
-An FFN of this folder is imported when it is first asked for.
+An FFN of this folder is imported when it is first used.
 """
 
 import dataclasses
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from torch import nn
 
@@ -84,7 +85,7 @@ def known_options(ffn: str) -> list[str]:
     return own
 
 
-def build_ffn(config) -> nn.Module:
+def build_ffn(config: Any) -> nn.Module:
     """The feed-forward layer that ``config.ffn`` and ``config.ffn_options`` describe.
 
     Raises:

@@ -1,5 +1,6 @@
 """The dense feed-forward layer, the baseline of every comparison: ``y = W_2 gelu(W_1 x + b_1) + b_2``."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,7 +12,14 @@ class DenseFFN(nn.Module):
     GELU as in BERT and RoBERTa.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, device=None, dtype=None):
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.up = nn.Linear(hidden_size, intermediate_size, device=device, dtype=dtype)
         self.down = nn.Linear(intermediate_size, hidden_size, device=device, dtype=dtype)

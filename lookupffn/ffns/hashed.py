@@ -104,7 +104,7 @@ class HashedFFN(nn.Module):
 
     @torch.no_grad()
     def rehash(self) -> None:
-        """Builds the hash tables anew from the present weights."""
+        """Rebuilds the hash tables from the present weights."""
         self.hash_weight.copy_(self.fresh_projection())
         self.codes.copy_(hash_codes(self.up.weight, self.hash_weight, self.hash_bits))
         self.rehashes += 1

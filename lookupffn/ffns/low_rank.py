@@ -1,6 +1,6 @@
 """The dense feed-forward layer with both matrices of low rank: the shape of a truncated SVD, trained from scratch.
 
-Differs from the textbook: the factors are drawn anew, not computed from trained matrices, and nothing keeps their
+Differs from the textbook: the factors start at random, not computed from trained matrices, and nothing keeps their
 columns orthogonal; the singular values are part of both factors.
 """
 

@@ -31,7 +31,7 @@ class LookupVariantFFN(LookupFFN):
         centred: ``z`` loses its mean over the batch in training, a running mean (of momentum 0.01) in evaluation.
         differences: bits are signs of differences, ``(z_j - z_{j+1}) / sqrt(2)``, the last one's with the first.
         shared: so many tables read the same rows, table ``t`` those of ``t mod T / shared``; 1: each has its own.
-        table_dropout: probability with which training leaves a table out, for each token anew; the rest is scaled up.
+        table_dropout: probability with which training drops a table, each token by itself; the rest is scaled up.
         smoothness: the loss has ``smoothness * mean over t, k, j of |tables[t, k] - tables[t, k ^ 2^j]|^2``.
         row_size: rows have this width, and their sum goes through a matrix ``(hidden_size, row_size)``; 0: full rows.
         dense_size: width of a dense FFN beside the tables, ``y + W_2 gelu(W_1 x + b_1) + b_2``; 0: none.

@@ -28,7 +28,7 @@ class YosoFFN(nn.Module):
 
     A code has ``tau = hash_bits`` bits, signs of a fast random rotation ``H D_3 H D_2 H D_1 x`` (Walsh-Hadamard ``H``,
     random signs ``D_i``, ``x`` padded to ``D'``, the next power of two), repeated ``R = ceil(m tau / D')`` times. As in
-    the paper the hashes are drawn anew in each training step; evaluation keeps those of the last one. Without
+    the paper the hashes are resampled in each training step; evaluation keeps those of the last one. Without
     ``num_hashes``, as many as cost a sixth of the dense FFN.
 
     Parameters: ``keys (H, D)`` and ``values (H, D)``, N(0, std^2); ``bias (D)``, 0. The buffer ``seed`` determines the

@@ -1,12 +1,18 @@
 """Hugging Face models with a choice of feed-forward layer; importing this registers them with the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-)
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+    )
+except ModuleNotFoundError:
+    from lookupffn.extras import require
+
+    require("hf", "lookupffn.hf")
+    raise
 
 from lookupffn.hf.configuration import PRESETS, LookupRobertaConfig
 from lookupffn.hf.roberta import (

@@ -132,11 +132,11 @@ def compare(runs: Sequence[Run], output_dir: str | Path, *, jobs: int, seconds: 
 def _data(config: PretrainConfig) -> PretrainingData:
     """The blocks that ``config`` trains on, tokenised or mapped once for all runs that share them."""
     names = ("preset", "ffn", "ffn_options", "model", "data", "text_column", "tokenizer", "sequence_length")
-    return _prepare(json.dumps({name: getattr(config, name) for name in (*names, "validation_fraction")}))
+    return _load_data(json.dumps({name: getattr(config, name) for name in (*names, "validation_fraction")}))
 
 
 @functools.lru_cache
-def _prepare(settings: str) -> PretrainingData:
+def _load_data(settings: str) -> PretrainingData:
     return PretrainConfig(**json.loads(settings)).load_data()
 
 
@@ -234,7 +234,7 @@ def _ffn_bytes(run: Run) -> int:
 
 
 def _end_of_training(run: Run) -> dict:
-    """Training loss over the last twentieth of the run, and the use of cells in its last log, layer by layer."""
+    """Training loss over the last twentieth of the run, and the use of buckets in its last log, layer by layer."""
     logs = [line for line in read_metrics(run.folder / "metrics.jsonl") if "loss" in line]
     last = [line["loss"] for line in logs if line["step"] > 0.95 * run.config.steps]
     return {"train_loss": statistics.mean(last) if last else None, "cells": logs[-1]["cells"] if logs else []}

@@ -1,4 +1,7 @@
-"""The demo: a dense and a lookup twin trained on Python's own standard library, compared in one report."""
+"""The demo: a lookup model and its matched dense baseline, compared in one report.
+
+The two, twins from here on, are trained on Python's own standard library and differ in nothing but their FFN.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,36 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from lookupffn import machine, native
-from lookupffn.bench.timing import time_interleaved
 from lookupffn.diagnostics import HashMonitor
 from lookupffn.errors import InputError
-from lookupffn.hf import LookupRobertaForMaskedLM, LookupRobertaModel
-from lookupffn.lab.report import verdict, write_report
-from lookupffn.runtime.packed import PackedLookupFFN, pack
+from lookupffn.hf import LookupRobertaForMaskedLM
+from lookupffn.lab.report import verdict, words, write_report
+from lookupffn.lab.speed import TIMED_TOKENS, time_twins
+from lookupffn.runtime.packed import pack
 from lookupffn.train.config import PretrainConfig
 from lookupffn.train.data import PretrainingData
 from lookupffn.train.masking import MaskedBlocks, unigram_entropy
-from lookupffn.train.pretrain import PretrainResult, evaluate, log_perplexity, parameter_groups, pretrain
+from lookupffn.train.pretrain import PretrainResult, datasets, evaluate, log_perplexity, parameter_groups, pretrain
 
 TWINS = ("dense", "lookup")
-TIMED_TOKENS = (1, 512)
 CALIBRATION_SECONDS = 8.0  # a twin; a shorter look at a noisy machine misjudged a run by 15 %
 TRAINER_OVERHEAD = 1.13  # a step with the Trainer's own work and its share of the evaluations, against a bare step
 EVALUATIONS = 8
-SECONDS_A_TIMING = 3.0
 
-# Small vocabulary and short blocks: a masked LM must leave the plateau of unigram guessing within a few minutes.
+# Small vocabulary and short blocks: a masked LM must leave the plateau of unigram guessing within a few minutes. The
+# curve is evaluated on 512 sequences, the models at the end on the whole validation set: some 76,000 masked tokens.
 RECIPE = PretrainConfig(
     preset="small",
     data="stdlib",
     sequence_length=64,
     batch_size=32,
     learning_rate=3e-3,
-    validation_fraction=0.05,
+    validation_fraction=0.08,
     mask_probability=0.3,
     evaluation_sequences=512,
     save_every=0,
@@ -118,47 +121,45 @@ def _seconds_a_step(ffn: str, data: PretrainingData) -> float:
 @torch.no_grad()
 def _report(results: dict[str, PretrainResult], data: PretrainingData, config: PretrainConfig, seed: int) -> dict:
     models = {ffn: result.model.cpu().eval() for ffn, result in results.items()}  # speed is measured on the CPU
-    batch = torch.stack(
-        [results["dense"].validation[i]["input_ids"] for i in range(max(TIMED_TOKENS) // config.sequence_length)]
-    )
+    _, validation = datasets(dataclasses.replace(config, evaluation_sequences=0), data)  # all of it
+    batch = torch.stack([validation[i]["input_ids"] for i in range(max(TIMED_TOKENS) // config.sequence_length)])
     # The lookup model is timed as it would be used, packed for the CPU engine; its log perplexity so is given.
     packed = pack(models["lookup"]) if native.available() else models["lookup"]
-    inputs = {ffn: _ffn_input(model.encoder, batch) for ffn, model in models.items()}  # (512, D)
-    timings = _timings({"dense": models["dense"].encoder, "lookup": packed.encoder}, inputs, batch)
-    reports = {ffn: _model_report(result, timings[ffn], batch) for ffn, result in results.items()}
+    timings, left_out = time_twins({"dense": models["dense"].encoder, "lookup": packed.encoder}, batch)
+    reports = {ffn: _model_report(result, validation, timings[ffn], batch) for ffn, result in results.items()}
     if native.available():
         reports["lookup"]["packed"] = {
             "dtype": packed.encoder.layers[0].ffn.table_dtype,
             "implementation": native.implementation(),
-            **log_perplexity(evaluate(packed, results["lookup"].validation)),
+            **log_perplexity(evaluate(packed, validation)),
         }
     recipe = dataclasses.asdict(config)
     for name in ("output_dir", "ffn", "data", "text_column", "preset", "model", "tokenizer"):
         recipe.pop(name)
     return {
-        "format_version": 1,
+        "format_version": 2,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"lookupffn demo --steps {config.steps} --seed {seed}",
         "seed": seed,
-        "machine": machine.describe() | {"device": "cpu", "dtype": "float32"},
+        "machine": machine.describe() | {"device": "cpu"},
         "data": data.summary,
         "training": recipe,
         "tokens_trained": results["dense"].metrics["tokens_trained"],
-        "tokens_evaluated": results["dense"].metrics["tokens_evaluated"],
-        "unigram_entropy": unigram_entropy(results["dense"].validation),
+        "tokens_evaluated": reports["dense"]["tokens_evaluated"],
+        "unigram_entropy": unigram_entropy(validation),
         "models": reports,
+        "engines_left_out": left_out,
         "fills": [_fill(models, data.tokenizer, text) for text in SENTENCES],
     }
 
 
-def _model_report(result: PretrainResult, timings: list[dict], batch: Tensor) -> dict:
+def _model_report(result: PretrainResult, validation: MaskedBlocks, timings: list[dict], batch: Tensor) -> dict:
     encoder = result.model.encoder
     ffns = [layer.ffn for layer in encoder.layers]
-    with HashMonitor(encoder, tokens_per_call=batch.numel()) as monitor:
-        for i in range(0, len(result.validation), len(batch)):
-            items = range(i, min(i + len(batch), len(result.validation)))
-            encoder(torch.stack([result.validation[j]["input_ids"] for j in items]))
-    ffn_us = next(t["us_per_token"] for t in timings if t["what"] == "ffn" and t["tokens"] == max(TIMED_TOKENS))
+    with HashMonitor(encoder, tokens_per_call=validation.blocks.size) as monitor:
+        quality = log_perplexity(evaluate(result.model, validation))
+    wanted = {"what": "ffn", "tokens": max(TIMED_TOKENS), "fastest": True}
+    (ffn_us,) = (t["us_per_token"] for t in timings if t.items() >= wanted.items())
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     sizes = {name: getattr(encoder.config, name) for name in names}
     if encoder.config.ffn == "dense":
@@ -169,7 +170,8 @@ def _model_report(result: PretrainResult, timings: list[dict], batch: Tensor) ->
     return {
         "ffn": encoder.config.ffn,
         "config": sizes,
-        **{k: result.metrics[k] for k in ("log_perplexity", "log_perplexity_standard_error", "training_seconds")},
+        **quality,
+        "training_seconds": result.metrics["training_seconds"],
         "parameters": result.metrics["parameters"],
         "ffn_parameters": sum(p.numel() for ffn in ffns for p in ffn.parameters()),
         "ffn_macs_per_token": ffns[0].flops(1) // 2,
@@ -181,48 +183,6 @@ def _model_report(result: PretrainResult, timings: list[dict], batch: Tensor) ->
         "curve": result.curve,
         "cells": monitor.summary(),
     }
-
-
-def _timings(encoders: dict[str, nn.Module], inputs: dict[str, Tensor], batch: Tensor) -> dict[str, list[dict]]:
-    """Both FFNs and both encoders at each size of TIMED_TOKENS, the twins interleaved.
-
-    An FFN is timed on the activations that it meets in its trained model, layer 0; an encoder on validation blocks.
-    """
-    about = {ffn: {"engine": "PyTorch eager", "dtype": "float32"} for ffn in encoders}
-    if isinstance(encoders["lookup"].layers[0].ffn, PackedLookupFFN):
-        engine = f"lookupffn's CPU engine ({native.implementation()})"
-        about["lookup"] = {"engine": engine, "dtype": f"{encoders['lookup'].layers[0].ffn.table_dtype} FFN"}
-    timings: dict[str, list[dict]] = {ffn: [] for ffn in encoders}
-    for tokens in TIMED_TOKENS:
-        ids = batch if tokens > 1 else batch[:1, :1]
-        calls = {
-            "ffn": {f: (lambda f=f, x=inputs[f][:tokens]: encoders[f].layers[0].ffn(x)) for f in encoders},
-            "model": {f: (lambda f=f, ids=ids: encoders[f](ids)) for f in encoders},
-        }
-        for what, by_ffn in calls.items():
-            for ffn, t in time_interleaved(by_ffn, SECONDS_A_TIMING).items():
-                scale = 1e6 / tokens
-                timings[ffn].append(
-                    {
-                        "what": what,
-                        "tokens": tokens,
-                        "us_per_token": t.median * scale,
-                        "us_per_token_low": t.low * scale,
-                        "us_per_token_high": t.high * scale,
-                        "runs": t.runs,
-                        "threads": torch.get_num_threads(),
-                    }
-                    | about[ffn]
-                )
-    return timings
-
-
-def _ffn_input(encoder: LookupRobertaModel, batch: Tensor) -> Tensor:
-    seen = []
-    hook = encoder.layers[0].ffn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
-    encoder(batch)
-    hook.remove()
-    return seen[0]
 
 
 def _fill(models: dict[str, LookupRobertaForMaskedLM], tokenizer, text: str, best: int = 3) -> dict:
@@ -255,10 +215,12 @@ def _print(console: Console, report: dict) -> None:
     ]
     for label, key, form in rows:
         table.add_row(label, f"{dense[key]:{form}}", f"{lookup[key]:{form}}", f"{lookup[key] / dense[key]:.2f}")
-    for a, b in zip(dense["timings"], lookup["timings"], strict=True):
-        label = f"{'FFN' if a['what'] == 'ffn' else 'encoder'} µs a token, {a['tokens']} token(s)"
-        a, b = a["us_per_token"], b["us_per_token"]
-        table.add_row(label, f"{a:,.1f}", f"{b:,.1f}", f"{b / a:.2f}")
+    for what, name in (("ffn", "FFN"), ("model", "encoder")):
+        for tokens in TIMED_TOKENS:
+            pair = [words.timing(model, what, tokens) for model in (dense, lookup)]
+            a, b = (t["us_per_token"] for t in pair)
+            cells = (f"{t['us_per_token']:,.1f}\n[dim]{escape(t['engine'])}, {t['dtype']}[/]" for t in pair)
+            table.add_row(f"{name} µs a token, {tokens} token(s)", *cells, f"{b / a:.2f}")
     console.print(table)
     for sentence in verdict(report):
         console.print(f"- {sentence}")

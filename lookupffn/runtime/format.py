@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lookupffn import native, ops
 from lookupffn.errors import PackedError
@@ -85,7 +85,7 @@ def _flush(t: Tensor) -> Tensor:
 
 def _projection(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
     c = layer.config
-    if c.projection == "none":
+    if isinstance(layer.projection, nn.Identity):
         fields = dict(stages=0, repeats=1, blocks=1, block_in=0, block_out=0, scale=1.0, residual=0.0, weight_type=0)
         return fields, {}
     weight = layer.projection.weight.double()
@@ -239,7 +239,7 @@ def read_header(packed: Tensor) -> dict:
         raise PackedError(
             f"its format version is {header['version']}, this lookupffn reads {FORMAT_VERSION}: pack the model again"
         )
-    h = {name: header[name].item() for name in HEADER.names if name != "offset"}
+    h = {name: header[name].item() for name in HEADER.names or () if name != "offset"}
     for name, types in (("weight_type", WEIGHT_TYPES), ("table_type", TABLE_TYPES)):
         if not 0 <= h[name] < len(types):
             raise PackedError(f"its {name} is {h[name]}, not 0 to {len(types) - 1}")
@@ -359,21 +359,20 @@ class Decoded:
 def decode(packed: Tensor) -> Decoded:
     """The tensors in ``packed``. Raises PackedError where its sizes do not fit each other."""
     h = read_header(packed)
-    sections = dict.fromkeys(SECTIONS)
+    sections = {}
     for name, (dtype, shape) in h["section_shape"].items():
         start = h["offset"][name]
         sections[name] = packed[start : start + h["section_bytes"][name]].view(dtype).view(shape)
-    weights, table_scales, tables = sections["weights"], sections["table_scales"], sections["tables"]
-    blocks = None
+    weights, table_scales, blocks = sections.get("weights"), sections.get("table_scales"), None
     if weights is not None:
         blocks = weights.permute(0, 1, 2, 3, 5, 6, 4, 7).reshape(*weights.shape[:3], h["block_out"], h["block_in"])
     return Decoded(
         header=h,
         blocks=blocks,
-        weight_scales=sections["weight_scales"],
-        levels=sections["levels"],
-        code_bias=sections["code_bias"],
-        tables=_deinterleave(tables).permute(1, 2, 0, 3).flatten(2)[..., : h["out_features"]],
+        weight_scales=sections.get("weight_scales"),
+        levels=sections.get("levels"),
+        code_bias=sections.get("code_bias"),
+        tables=_deinterleave(sections["tables"]).permute(1, 2, 0, 3).flatten(2)[..., : h["out_features"]],
         table_scales=None if table_scales is None else table_scales[: h["num_tables"]],
         bias=sections["bias"][: h["out_features"]],
     )

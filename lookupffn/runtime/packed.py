@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ from lookupffn.errors import PackedError
 from lookupffn.files import atomic_replace
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.memory import aligned_bytes
-from lookupffn.runtime.format import checked_header, decode, encode, read_header
+from lookupffn.runtime.format import Decoded, checked_header, decode, encode, read_header
 from lookupffn.runtime.portable import packed_forward
 from lookupffn.runtime.tuning import Tiling, default_tiling, timed_tiling
 
@@ -33,7 +34,7 @@ PROJECTION_DTYPES = {"int8": "int8", "bfloat16": "int16", "float32": "float32"} 
 if native.available():
 
     @torch.library.register_fake("lookupffn::packed_forward")
-    def _(x, packed, out_features, tile_tokens, groups_per_block, prefetch_distance, serial_tokens, isa=""):
+    def _(x, packed, out_features, tile_tokens, groups_per_block, prefetch_distance, serial_tokens):
         torch._check(x.is_meta or not packed.is_meta, lambda: "the layer is on the meta device, the input is not")
         return x.new_empty(*x.shape[:-1], out_features)
 
@@ -55,12 +56,12 @@ class _NoBackward(torch.autograd.Function):
     """Stands between a packed layer and a backward pass; registered with the operator it would cost a call 6 µs."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         ctx.in_features = x.shape[-1]
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _no_backward(grad, ctx.in_features), None
 
 
@@ -81,6 +82,8 @@ class PackedLookupFFN(nn.Module):
         ValueError: the last dimension of an input is not ``in_features``.
     """
 
+    packed: Tensor
+
     def __init__(self, config: LookupConfig, packed: Tensor, tiling: Tiling | None = None):
         super().__init__()
         header = checked_header(packed)
@@ -95,14 +98,14 @@ class PackedLookupFFN(nn.Module):
         t = self.tiling
         self._arguments = (config.out_features, t.tile_tokens, t.groups_per_block, t.prefetch_distance, t.serial_tokens)
         self.weight_dtype, self.table_dtype = header["weight_dtype"], header["table_dtype"]
-        self._decoded = None
+        self._decoded: Decoded | None = None
         native.implementation()  # a wrong LOOKUPFFN_ISA is an error here, not in the middle of a model
         if not native.available():
             native.warn_if_absent()
             self._decoded = decode(packed)
             self.register_load_state_dict_post_hook(PackedLookupFFN._decode_again)
 
-    def _decode_again(self, _) -> None:
+    def _decode_again(self, _: object) -> None:
         self._decoded = decode(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,18 +245,7 @@ def load_packed(
     Raises:
         PackedError: the file is no such file, is damaged or of another version, or does not fit ``module``.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FILE_FORMAT or metadata.get("version") != FILE_VERSION:
-                found = f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
-                raise PackedError(f"{path}: {found}, where {FILE_FORMAT!r}, version {FILE_VERSION!r} is needed")
-            configs = {name: LookupConfig(**fields) for name, fields in json.loads(metadata["configs"]).items()}
-            layers = {name: _load_layer(file, name, config, path, tune) for name, config in configs.items()}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, (PackedError, FileNotFoundError)):
-            raise
-        raise PackedError(f"{path} is damaged or no file of packed layers: {error}") from error
+    layers = read_layers(path, tune)
     if module is None:
         if set(layers) != {""}:
             raise PackedError(f"{path} holds the layers of a model ({', '.join(layers)}): pass the model as module")
@@ -266,7 +258,23 @@ def load_packed(
     return _replace_layers(module, {name: lambda _, name=name: layers[name] for name in layers}, inplace)
 
 
-def _load_layer(file, name: str, config: LookupConfig, path: str | Path, tune: bool) -> PackedLookupFFN:
+def read_layers(path: str | Path, tune: bool = False) -> dict[str, PackedLookupFFN]:
+    """The packed layers in a file, by their names in the model that they belong to; raises what load_packed raises."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FILE_FORMAT or metadata.get("version") != FILE_VERSION:
+                found = f"format {metadata.get('format')!r}, version {metadata.get('version')!r}"
+                raise PackedError(f"{path}: {found}, where {FILE_FORMAT!r}, version {FILE_VERSION!r} is needed")
+            configs = {name: LookupConfig(**fields) for name, fields in json.loads(metadata["configs"]).items()}
+            return {name: _load_layer(file, name, config, path, tune) for name, config in configs.items()}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, (PackedError, FileNotFoundError)):
+            raise
+        raise PackedError(f"{path} is damaged or no file of packed layers: {error}") from error
+
+
+def _load_layer(file: Any, name: str, config: LookupConfig, path: str | Path, tune: bool) -> PackedLookupFFN:
     stored = file.get_tensor(f"{name}.packed" if name else "packed")
     try:
         read_header(stored)

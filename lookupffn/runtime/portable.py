@@ -14,7 +14,7 @@ def packed_project(u: Decoded, x: Tensor) -> Tensor:
     at last ``z = scale * y * steps + residual * x + bias``. Sums of integers are exact in float64.
     """
     h, tokens = u.header, x.shape[0]
-    if u.blocks is None:
+    if u.blocks is None or u.code_bias is None:  # no projection
         return x
     repeats, stages, n, block_out, block_in = u.blocks.shape
     x = F.pad(x, (0, n * block_in - x.shape[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -40,7 +41,7 @@ class Tiling:
     prefetch_distance: int = 128
     serial_tokens: int = 4
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (
             ("tile_tokens", 1),
             ("groups_per_block", 1),
@@ -83,21 +84,20 @@ def cache_file() -> Path:
     return Path(os.environ.get("LOOKUPFFN_CACHE") or "~/.cache/lookupffn").expanduser() / "tiling.json"
 
 
-def timed_tiling(config: LookupConfig, packed: Tensor) -> Tiling:
+def timed_tiling(config: LookupConfig, packed: Tensor, *, anew: bool = False) -> Tiling:
     """The fastest of a few tilings for this layer on this machine, from the cache or timed in some tenths of a second.
 
-    A choice is kept for the processor, the implementation, torch's threads and the layer's shape and types. A cache
-    that cannot be read or written is done without.
+    A choice is kept for the processor, the implementation, torch's threads and the layer's shape and types; with
+    ``anew`` it is timed though it is there. A cache that cannot be read or written is done without.
     """
     if not native.available():
         return Tiling()
     key = json.dumps(
         [machine.cpu_name(), native.implementation(), torch.get_num_threads(), config.to_dict(), packed.numel()]
     )
-    try:
-        return Tiling(**_read_cache()[key])
-    except (KeyError, TypeError, ValueError):
-        pass
+    if not anew:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            return Tiling(**_read_cache()[key])
     chosen = _timed_choice(config, packed)
     try:
         cache_file().parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def _timed_choice(config: LookupConfig, packed: Tensor) -> Tiling:
     return dataclasses.replace(best, serial_tokens=serial)
 
 
-def _fastest(calls: dict, config: LookupConfig, packed: Tensor):
+def _fastest(calls: dict[Tiling, tuple[Tiling, Tensor]], config: LookupConfig, packed: Tensor) -> Tiling:
     """The key whose call ``(tiling, x)`` was the fastest, by the least time of a few rounds through all of them."""
     least = dict.fromkeys(calls, float("inf"))
     for _ in range(ROUNDS):
@@ -151,7 +151,6 @@ def _fastest(calls: dict, config: LookupConfig, packed: Tensor):
                 t.groups_per_block,
                 t.prefetch_distance,
                 t.serial_tokens,
-                "",
             )
             least[key] = min(least[key], time.perf_counter() - start)
-    return min(least, key=least.get)
+    return min(least, key=least.__getitem__)

@@ -1,7 +1,7 @@
 """The settings of pretraining and of fine-tuning: their names, defaults, meaning and limits, in one place.
 
-The command line makes its flags from these records, a YAML file uses the same names, ``training.py`` and
-``finetuning.py`` read them.
+The command line makes its flags from these records, a YAML file uses the same names, ``pretrain.py`` and
+``finetune.py`` read them.
 """
 
 from __future__ import annotations

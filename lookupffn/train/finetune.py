@@ -1,6 +1,7 @@
 """Fine-tuning of a pretrained encoder as a classifier, on transformers' Trainer.
 
-The same settings fit every feed-forward layer, so that twins are compared by one recipe; accuracy is of all test texts.
+The same settings fit every feed-forward layer, so that a lookup model and its matched dense baseline are
+compared by one recipe; accuracy is of all test texts.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def finetune(config: FinetuneConfig) -> dict:
     if len(classes) < 2:
         raise InputError(f"{config.train}: column {config.label_column!r} holds one class only, {classes}")
 
-    set_seed(config.seed)  # of the head, before it is drawn
+    set_seed(config.seed)  # of the head, before it is initialised
     model = _classifier(config, classes)
 
     def encode(rows):

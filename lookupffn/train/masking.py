@@ -13,9 +13,9 @@ class MaskedBlocks(torch.utils.data.Dataset):
     """Masked-LM items over blocks (N, L) of token ids: item i is a pure function of the blocks, seed and i.
 
     Item i is {"input_ids": (L,) int64, "labels": (L,) int64, -100 where not masked} of block i mod N, or with
-    `shuffle` of the block at place i mod N of a permutation drawn for (seed, i // N); its masks are drawn for
+    `shuffle` of the block at place i mod N of the permutation of (seed, i // N); its masks are those of
     (seed, i). So data and masks do not depend on batch size, workers or ranks, a resumed run meets exactly
-    what an uninterrupted one would, and a `length` beyond N (the default) gives further epochs, masked anew.
+    what an uninterrupted one would, and a `length` beyond N (the default) gives further epochs with fresh masks.
 
     Of the L positions exactly round(mask_probability * L) are masked, uniformly among non-special tokens (all
     of those where there are fewer): each becomes <mask> with probability 0.8, a random non-special token with

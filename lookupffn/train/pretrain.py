@@ -100,9 +100,9 @@ def log_perplexity(sums: Tensor) -> dict[str, float | int]:
 
 
 def build_model(config: PretrainConfig, tokenizer) -> LookupRobertaForMaskedLM:
-    """The model before its first step: each module drawn from a seed made of ``config.seed`` and the module's name.
+    """The model before its first step: each module initialised from a seed made of ``config.seed`` and its name.
 
-    So twins that differ in their FFN start from the same embeddings, attention and head, to the bit.
+    So a model and its matched dense baseline start from the same embeddings, attention and head, to the bit.
     """
     kind = LookupRobertaForCausalLM if config.objective == "causal" else LookupRobertaForMaskedLM
     model = kind(config.model_config(tokenizer))
@@ -198,7 +198,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class _Metrics(TrainerCallback):
-    """Appends every log of the Trainer to ``metrics.jsonl``, with tokens and seconds so far and the use of cells."""
+    """Appends every log of the Trainer to ``metrics.jsonl``, with tokens and seconds so far and the use of buckets."""
 
     def __init__(self, config: PretrainConfig, monitor: HashMonitor):
         self.config, self.monitor = config, monitor

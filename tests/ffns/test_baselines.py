@@ -1,4 +1,4 @@
-"""The rivals of the lookup layer: each against its paper's equations, written token by token in float64."""
+"""The baselines of the literature: each against its paper's equations, written token by token in float64."""
 
 import math
 
@@ -15,7 +15,7 @@ from lookupffn.ffns.memory_former import MemoryFormerFFN
 from lookupffn.ffns.monarch import MonarchFFN
 from lookupffn.ffns.product_key import ProductKeyFFN
 from lookupffn.ffns.switch import SwitchFFN
-from lookupffn.reference import cell_signs
+from lookupffn.reference import bucket_signs
 
 # Awkward sizes: no power of two, options that are neither defaults nor each other.
 SMALL = {
@@ -27,11 +27,11 @@ SMALL = {
     FastFeedForward: (7, 10, {"depth": 2, "leaf_size": 5}),
     MemoryFormerFFN: (12, 30, {"tau": 3}),
 }
-every_rival = pytest.mark.parametrize("kind", SMALL, ids=lambda kind: kind.__name__)
+every_baseline = pytest.mark.parametrize("kind", SMALL, ids=lambda kind: kind.__name__)
 
 
 def small(kind, dtype=torch.float64, **changes):
-    """A small layer whose biases and norms are drawn too, so that a forgotten or misplaced one shows."""
+    """A small layer whose biases and norms are random too, so that a forgotten or misplaced one shows."""
     hidden_size, intermediate_size, options = SMALL[kind]
     ffn = kind(hidden_size, intermediate_size, **options | changes, dtype=dtype)
     for parameter in ffn.parameters():
@@ -119,6 +119,8 @@ def test_square_monarch_is_that_of_the_paper():
 def test_switch_is_its_equation(num_experts):
     ffn = small(SwitchFFN, num_experts=num_experts)
     x = tokens(ffn, 2, 5)
+    chosen = ffn.router(x).argmax(-1).unique()
+    assert (len(chosen) < num_experts) == (num_experts == 8)
     expected = torch.empty_like(x)
     for index in torch.cartesian_prod(torch.arange(2), torch.arange(5)).tolist():
         token = x[tuple(index)]
@@ -243,7 +245,7 @@ def memory_layer(layer, token, bits):
     """A lookup layer on one token, its weights by the softmax over all sign patterns."""
     y = layer.bias
     for table, z in zip(layer.tables, token.split(bits), strict=True):
-        p = (cell_signs(bits) @ z).softmax(-1)
+        p = (bucket_signs(bits) @ z).softmax(-1)
         y = y + p.max() * table[p.argmax()]
     return y
 
@@ -264,7 +266,7 @@ def test_memory_former_is_its_equation():
 # ---- The interface ---------------------------------------------------------------------------------------------------
 
 
-@every_rival
+@every_baseline
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0, 3), (2, 3)])
@@ -294,7 +296,7 @@ def test_evaluation_forgets_the_loss_of_training(kind):
     assert ffn.auxiliary_loss is None
 
 
-@every_rival
+@every_baseline
 def test_a_token_has_one_output_in_any_batch(kind):
     ffn = small(kind).eval()
     x = tokens(kind, 9)
@@ -302,7 +304,7 @@ def test_a_token_has_one_output_in_any_batch(kind):
     torch.testing.assert_close(ffn(x.view(3, 3, -1).transpose(0, 1)), ffn(x).view(3, 3, -1).transpose(0, 1))
 
 
-@every_rival
+@every_baseline
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_every_parameter_gets_a_gradient(kind, count):
     ffn = small(kind)
@@ -318,7 +320,7 @@ def test_every_parameter_gets_a_gradient(kind, count):
     assert x.grad.shape == x.shape
 
 
-@every_rival
+@every_baseline
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_are_those_of_finite_differences(kind, training):
     ffn = small(kind).train(training)
@@ -333,7 +335,7 @@ def test_gradients_are_those_of_finite_differences(kind, training):
     assert torch.autograd.gradcheck(call, (x, *ffn.parameters()), fast_mode=True)
 
 
-@every_rival
+@every_baseline
 def test_float32_is_float64_rounded(kind):  # the sum of rows runs in the kernels in the one, in PyTorch in the other
     narrow = kind(128, 512)
     wide = kind(128, 512, dtype=torch.float64)
@@ -348,7 +350,7 @@ def test_float32_is_float64_rounded(kind):  # the sum of rows runs in the kernel
         assert close, name
 
 
-@every_rival
+@every_baseline
 def test_initialisation_follows_the_seed_and_the_model(kind):
     hidden_size, intermediate_size, options = SMALL[kind]
     torch.manual_seed(3)
@@ -359,10 +361,10 @@ def test_initialisation_follows_the_seed_and_the_model(kind):
         assert torch.equal(value, first.state_dict()[name]), name
     torch.manual_seed(3)
     first.init_parameters(0.02)
-    drawn = {name: p.clone() for name, p in first.named_parameters()}
+    initial = {name: p.clone() for name, p in first.named_parameters()}
     torch.manual_seed(3)
     first.init_parameters(0.08)
-    ratios = {p.std().item() / drawn[n].std().item() for n, p in first.named_parameters() if drawn[n].std() > 0}
+    ratios = {p.std().item() / initial[n].std().item() for n, p in first.named_parameters() if initial[n].std() > 0}
     grows = {ProductKeyFFN: 1, MemoryFormerFFN: 1, LowRankFFN: 2, MonarchFFN: 2}.get(kind, 4)
     assert max(ratios) == pytest.approx(grows)
 
@@ -401,7 +403,7 @@ def test_memories_start_as_the_authors():
     assert y.std().item() == pytest.approx(0.02 * (16 * 0.6266**10) ** 0.5, rel=0.2)
 
 
-@every_rival
+@every_baseline
 def test_construction_on_the_meta_device(kind):
     ffn = kind(512, 2048, device="meta")
     assert all(p.device.type == "meta" for p in ffn.parameters())
@@ -411,7 +413,7 @@ def test_construction_on_the_meta_device(kind):
 # ---- Costs -----------------------------------------------------------------------------------------------------------
 
 
-@every_rival
+@every_baseline
 @pytest.mark.parametrize("count", [0, 1, 13])
 def test_flops_are_those_that_pytorch_counts(kind, count):
     ffn = small(kind, torch.float32).eval()
@@ -440,7 +442,7 @@ def test_costs_by_hand(kind, multiply_adds, once, each):
         assert ffn.bytes_read(11) == size * (once + 11 * each)
 
 
-@every_rival
+@every_baseline
 @pytest.mark.parametrize("sizes", [(128, 512), (512, 2048)])
 def test_the_defaults_are_about_six_times_cheaper_than_dense(kind, sizes):
     ratio = DenseFFN(*sizes, device="meta").flops(1) / kind(*sizes, device="meta").flops(1)
@@ -486,7 +488,7 @@ def test_an_option_out_of_range_names_itself_its_value_and_the_range(kind, optio
         kind(24, 36, **{option: value})
 
 
-@every_rival
+@every_baseline
 def test_a_wrong_width_is_an_error(kind):
     ffn = small(kind)
     with pytest.raises(RuntimeError):

@@ -26,7 +26,7 @@ def reference_rows(layer, x, z=None, weights=lambda scores: scores):
     projection = layer.projection
     if z is None:
         z = reference.bh4(x, projection.weight, projection.decay, 15) + projection.bias
-    codes, scores = reference.nearest_cells(z.view(-1, 5, 3), 2)
+    codes, scores = reference.nearest_buckets(z.view(-1, 5, 3), 2)
     return reference.gather(layer.tables, codes, weights(scores)) + layer.bias
 
 
@@ -106,7 +106,7 @@ def test_table_dropout_leaves_whole_tables_out_and_keeps_the_mean(x):
     kept = layer.train()(one) - layer.bias  # each token drops its own tables
     mean = layer.eval()(one[:1]) - layer.bias
     torch.testing.assert_close(kept.mean(0, keepdim=True), mean, rtol=0.1, atol=2e-3)
-    codes, scores = reference.nearest_cells(layer.project(x[:1]), 2)
+    codes, scores = reference.nearest_buckets(layer.project(x[:1]), 2)
     parts = torch.stack(
         [reference.gather(layer.tables[t : t + 1], codes[:, t : t + 1], scores[:, t : t + 1])[0] for t in range(5)]
     )

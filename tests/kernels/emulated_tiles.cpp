@@ -1,14 +1,14 @@
 // The projection on tiles, with AMX's registers in plain C++: no machine with AMX is needed to test its loops.
 #include <cstring>
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
-#define LOOKUPFFN_NAME "emulated_tiles"
 #define LOOKUPFFN_TILES
-namespace lookupffn { namespace emulated_tiles {
-#include "simd_scalar.h"
+namespace lookupffn {
+namespace emulated_tiles {
+#include "simd/scalar.h"
 
-class Tiles {  // as in csrc/tiles_amx.h; TILELOADD and TDPBUSD as Intel's manual has them
+class Tiles {  // as in csrc/simd/tiles_amx.h; TILELOADD and TDPBUSD as Intel's manual has them
  public:
   Tiles(int tokens, int bytes) {
     std::memset(tile, 0xa5, sizeof tile);  // what was there before is nobody's business
@@ -18,7 +18,9 @@ class Tiles {  // as in csrc/tiles_amx.h; TILELOADD and TDPBUSD as Intel's manua
   Tiles(const Tiles&) = delete;
 
   template <int kTile>
-  static void zero() { std::memset(tile[kTile], 0, sizeof tile[kTile]); }
+  static void zero() {
+    std::memset(tile[kTile], 0, sizeof tile[kTile]);
+  }
   template <int kTile>
   static void load(const void* p, size_t stride) {
     zero<kTile>();
@@ -47,11 +49,8 @@ class Tiles {  // as in csrc/tiles_amx.h; TILELOADD and TDPBUSD as Intel's manua
 thread_local uint8_t Tiles::tile[8][16][64];
 thread_local int Tiles::rows[8], Tiles::row_bytes[8];
 
-#include "kernels-inl.h"
-#include "training-inl.h"
-} }
+#include "kernels/loops-inl.h"
+}  // namespace emulated_tiles
+}  // namespace lookupffn
 
-namespace lookupffn {
-extern const Kernels* const kEmulatedTiles;
-const Kernels* const kEmulatedTiles = &emulated_tiles::kKernels;
-}
+LOOKUPFFN_EXPORT(emulated_tiles)

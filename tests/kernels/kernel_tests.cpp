@@ -1,10 +1,10 @@
 // Tests of the kernels and the engine, without torch: kernel_tests [--long] [--seed N]. Exit code 1 and a line FAILED
 // with the case where something is wrong.
 //
-// The reference (reference.h) is double precision, written from the layer's definition (reference.py) and its packed form
-// (layer.h), with a bound on how far float32 may be from it. The hash is discontinuous, so the parts of the layer are
-// tested one by one, each on what the part before it gave; then forward() must give the very bits of the parts, run one
-// token at a time, for every batch, tiling and number of threads. The scalar implementation is tested against the
+// The reference (reference.h) is double precision, written from the layer's definition (reference.py) and its packed
+// form (layer.h), with a bound on how far float32 may be from it. The hash is discontinuous, so the parts of the layer
+// are tested one by one, each on what the part before it gave; then forward() must give the very bits of the parts, run
+// one token at a time, for every batch, tiling and number of threads. The scalar implementation is tested against the
 // reference, the others that run here against both: the same bits wherever a part computes with integers, and in hash.
 // Buffers end where a page begins that cannot be touched: reading or writing past one is caught in every build.
 #include "reference.h"
@@ -17,8 +17,16 @@ struct Options {
 };
 
 Tiling random_tiling(Random& random) {
-  return {random.pick({1, 2, 3, 5, 7, 8, 24, 48, 96, 1000}), random.pick({1, 1, 2, 1000}), random.pick({0, 1, 100, 5000}),
-          random.pick({0, 0, 0, 4, 1000})};
+  return {random.pick({1, 2, 3, 5, 7, 8, 24, 48, 96, 1000}), random.pick({1, 1, 2, 1000}),
+          random.pick({0, 1, 100, 5000}), random.pick({0, 0, 0, 4, 1000})};
+}
+
+// A call in a workspace of just the size that its plan asks for, whose content is of no matter.
+void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, const Tiling& tiling, int threads) {
+  const Plan plan = make_plan(l, tokens, tiling, threads);
+  const Guarded workspace(plan.workspace_bytes());
+  if (workspace.size()) memset(workspace.data(), 0xa5, workspace.size());
+  run(k, l, plan, x, y, workspace.data(), threads_of(threads));
 }
 
 // forward() on tokens [begin, end) must give the rows of `y`, and leave all else as it was. With a poisoned token, this
@@ -27,19 +35,20 @@ void check_forward(const Kernels& k, const Layer& l, const Input& in, int begin,
                    const std::vector<float>& y, Random& random, int poisoned = -1) {
   const Tiling tiling = random_tiling(random);
   const int count = random.pick({1, 1, 2, 3, 5});
-  const std::string what = text("%s, tokens %d to %d, tile %d, %d groups a pass, %d rows ahead, serial to %d, %d threads",
-                                k.name, begin, end, tiling.tile_tokens, tiling.groups_per_block, tiling.prefetch_distance,
-                                tiling.serial_tokens, count);
+  const std::string what = text(
+      "%s, tokens %d to %d, tile %d, %d groups a block, prefetch distance %d, serial to %d, %d threads", k.name, begin,
+      end, tiling.tile_tokens, tiling.groups_per_block, tiling.prefetch_distance, tiling.serial_tokens, count);
   Output out(end - begin, l.h.out_features, y_bf16, random);
   Rows x = in.rows;
   x.data = static_cast<uint8_t*>(x.data) + begin * x.stride * (x.bfloat16 ? 2 : 4);
   if (random.one_in(8)) {  // timed
-    StageSeconds seconds;
-    forward(k, l, x, out.rows, end - begin, tiling, threads_of(count), &seconds);
+    const Plan plan = make_plan(l, end - begin, tiling, 1);
+    const Guarded workspace(plan.workspace_bytes());
+    const StageSeconds seconds = run_timed(k, l, plan, x, out.rows, workspace.data());
     EXPECT(seconds.project >= 0 && seconds.hash >= 0 && seconds.gather >= 0, "%s: negative seconds", what.c_str());
   } else {
     FloatMode mode(kOddState);
-    forward(k, l, x, out.rows, end - begin, tiling, threads_of(count));
+    forward(k, l, x, out.rows, end - begin, tiling, count);
     if (float_state() != kOddState) state_changed = true;
   }
   EXPECT(!state_changed, "%s: the caller's floating-point state is not what it was", what.c_str());
@@ -53,7 +62,8 @@ void check_forward(const Kernels& k, const Layer& l, const Input& in, int begin,
 
 struct CaseSource {
   Deck tables{1, 2, 3, 7, 15, 16, 17, 33}, bits{1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 13, 14, 15, 16};
-  Deck outs{1, 3, 63, 64, 65, 130}, stages{0, 1, 4, 4}, reads{1, 2, 3, 4}, blocks{1, 2, 4, 8, 16, 32}, widths{16, 32, 64};
+  Deck outs{1, 3, 63, 64, 65, 130}, stages{0, 1, 4, 4}, reads{1, 2, 3, 4}, blocks{1, 2, 4, 8, 16, 32},
+      widths{16, 32, 64};
   Deck dense{1, 3, 15, 16, 17, 31, 64, 100, 130, 257}, tokens{0, 1, 2, 3, 5, 6, 7, 8, 23, 24, 25, 97};
 
   Case draw(int types, Random& random) {
@@ -107,14 +117,17 @@ std::string test_layers(const Options& options) {
     Input in = make_input(c.tokens, c.in_features, c.x_bf16, random);
     const bool integer = c.stages == 0 || c.weights != WeightType::kFloat32;
     std::vector<int> tokens;  // for which the reference is computed
-    for (int t = 0; t < c.tokens && t < checked; t++) tokens.push_back(c.tokens <= checked ? t : random.below(c.tokens));
+    for (int t = 0; t < c.tokens && t < checked; t++)
+      tokens.push_back(c.tokens <= checked ? t : random.below(c.tokens));
     std::vector<std::vector<Approx>> z;
     for (size_t j = 0; j < tokens.size() && !integer; j++) z.push_back(reference_z(l, in.values[tokens[j]]));
 
     const Parts expected = run_parts(scalar, l, in, c.tokens);
     for (int t : tokens) {
       FloatMode mode(kFlushing);
-      const std::vector<float> exact = !integer ? std::vector<float>() : c.stages ? exact_z(l, in.values[t]) : in.values[t];
+      const std::vector<float> exact = !integer   ? std::vector<float>()
+                                       : c.stages ? exact_z(l, in.values[t])
+                                                  : in.values[t];
       for (size_t i = 0; i < exact.size(); i++) {
         const float value = expected.z[size_t(t) * l.z_stride + i];
         EXPECT(same_bits(value, exact[i]), "z[%d, %zu] is %.9g, not %.9g", t, i, double(value), double(exact[i]));
@@ -140,11 +153,11 @@ std::string test_layers(const Options& options) {
       {
         FloatMode mode(kFlushing);
         hash_part(*k, l, c.tokens, &same);
-        check_equal("cells for the same z", same.cells, expected.cells);
+        check_equal("buckets for the same z", same.buckets, expected.buckets);
         check_equal("codes for the same z", same.codes, expected.codes);
         check_equal("scores for the same z", same.scores, expected.scores);
         check_equal("quantised scores for the same z", same.quantised, expected.quantised);
-        check_equal("steps for the same z", same.steps, expected.steps);
+        check_equal("score_scales for the same z", same.score_scales, expected.score_scales);
         gather_part(*k, l, c.tokens, &same);
       }
       if (c.tables == TableType::kInt8) check_equal("y for the same scores", same.y, expected.y);
@@ -168,8 +181,9 @@ std::string test_layers(const Options& options) {
 // hash for z that no projection gives: codes and scores of every implementation, with and without denormals.
 std::string test_hash(const Options& options) {
   Random random = {options.seed ^ 0x68617368};
-  const float special[] = {0.0f, -0.0f, 1e-40f, -1e-40f, 1.2e-38f, 0.5f, -0.5f, 1.0f, -1.0f, 1.5f, 20.0f, -44.0f, 1e5f, 1e30f,
-                           -3.4e38f, 3.4e38f, kInfinity, -kInfinity, kNaN, -kNaN, float_of(0x7fc12345)};
+  const float special[] = {0.0f,     -0.0f,   1e-40f,    -1e-40f,    1.2e-38f, 0.5f,  -0.5f,
+                           1.0f,     -1.0f,   1.5f,      20.0f,      -44.0f,   1e5f,  1e30f,
+                           -3.4e38f, 3.4e38f, kInfinity, -kInfinity, kNaN,     -kNaN, float_of(0x7fc12345)};
   const std::vector<const Kernels*> implementations = running_here();
   const int rounds = options.is_long ? 200 : 6;
   int count = 0;
@@ -195,7 +209,7 @@ std::string test_hash(const Options& options) {
             for (int j = 0; j < bits; j++) {
               float& z = p.z[size_t(t) * l.z_stride + table * bits + j];
               if (kind == 0) z = special[random.below(int(std::size(special)))];
-              if (kind == 1) z = special[random.below(11)];                 // finite and not huge: zeros, denormals, ties
+              if (kind == 1) z = special[random.below(11)];  // finite and not huge: zeros, denormals, ties
               if (kind == 2) z = random.pick({-1.5f, -1.0f, -0.5f, 0.5f, 1.0f, 1.5f});  // pairs that equal a third
               if (kind == 3) z = random.normal();
             }
@@ -209,40 +223,41 @@ std::string test_hash(const Options& options) {
             for (int table = 0; table < c.num_tables; table++) {
               uint16_t expected[kMaxReads];
               const float* z = &p.z[size_t(t) * l.z_stride + table * bits];
-              nearest_cells(z, bits, reads, expected);
+              nearest_buckets(z, bits, reads, expected);
               double total = 0;
               for (int j = 0; j < bits; j++) total += std::abs(z[j]);
-              uint16_t cells[kMaxReads];
+              uint16_t buckets[kMaxReads];
               float scores[kMaxReads];
               for (int n = 0; n < reads; n++) {
-                const size_t slot = size_t(t) * l.slots + (table / 16 * reads + n) * 16 + table % 16;
-                cells[n] = p.cells[slot];
+                const size_t slot = size_t(t) * l.slots() + (table / 16 * reads + n) * 16 + table % 16;
+                buckets[n] = p.buckets[slot];
                 scores[n] = p.scores[slot];
-                EXPECT(cells[n] == expected[n], "cell %d of table %d is %d, not %d", n, table, cells[n], expected[n]);
+                EXPECT(buckets[n] == expected[n], "bucket %d of table %d is %d, not %d", n, table, buckets[n],
+                       expected[n]);
                 EXPECT(std::isfinite(total) || n > 0 || !std::isfinite(scores[n]), "z is not finite, its score is");
               }
-              if (total < 1e4 && (bits <= 8 || round == 0)) check_cells(z, bits, reads, cells, scores);
+              if (total < 1e4 && (bits <= 8 || round == 0)) check_buckets(z, bits, reads, buckets, scores);
               count++;
             }
           for (const Kernels* k : implementations) {
             Parts same;
             same.z = p.z;
             hash_part(*k, l, kTokens, &same);
-            check_equal((std::string(k->name) + "'s cells").c_str(), same.cells, p.cells);
+            check_equal((std::string(k->name) + "'s buckets").c_str(), same.buckets, p.buckets);
             check_equal((std::string(k->name) + "'s codes").c_str(), same.codes, p.codes);
             check_equal((std::string(k->name) + "'s scores").c_str(), same.scores, p.scores);
-            check_equal((std::string(k->name) + "'s steps").c_str(), same.steps, p.steps);
+            check_equal((std::string(k->name) + "'s score_scales").c_str(), same.score_scales, p.score_scales);
             for (int t = 0; t < kTokens; t++)  // where the step is NaN they may be anything
-              for (int i = 0; i < l.slots && p.steps[t] == p.steps[t]; i++)
-                EXPECT(same.quantised[t * l.slots + i] == p.quantised[t * l.slots + i], "%s's quantised score %d differs",
-                       k->name, i);
+              for (int i = 0; i < l.slots() && p.score_scales[t] == p.score_scales[t]; i++)
+                EXPECT(same.quantised[t * l.slots() + i] == p.quantised[t * l.slots() + i],
+                       "%s's quantised score %d differs", k->name, i);
           }
         }
       }
   return text("%d tables of zeros, denormals, ties, huge numbers, infinities and NaN", count);
 }
 
-// Batches longer than what forward() keeps at once, and many callers at the same time.
+// Batches longer than a chunk, and many callers at the same time.
 std::string test_batches(const Options& options) {
   Random random = {options.seed ^ 0x6c6f6e67};
   constexpr int kPeriod = 97;
@@ -338,11 +353,12 @@ std::string test_refusals(const Options& options) {
       memcpy(bytes.data(), good.bytes->data(), bytes.size());
       memcpy(bytes.data() + at, value, size);
       Layer l;
-      EXPECT(!parse_layer(bytes.data(), bytes.size(), &l).empty(), "a layer with another %s is taken", what);
+      EXPECT(!open_layer(bytes.data(), bytes.size(), &l).empty(), "a layer with another %s is taken", what);
       refused++;
     };
-#define REFUSE(type, field, ...)                                      \
-  for (const type value : std::initializer_list<type>{__VA_ARGS__}) must_refuse(#field, offsetof(PackedHeader, field), &value, sizeof value);
+#define REFUSE(type, field, ...)                                    \
+  for (const type value : std::initializer_list<type>{__VA_ARGS__}) \
+    must_refuse(#field, offsetof(PackedHeader, field), &value, sizeof value);
     REFUSE(uint32_t, version, 0, 2, 0xffffffff)
     REFUSE(int, in_features, 0, -1, kMost, 1 << 25)
     REFUSE(int, out_features, 0, -1, 1000, kMost, kMost - 62)
@@ -378,10 +394,10 @@ std::string test_refusals(const Options& options) {
       Guarded bytes(n);
       memcpy(bytes.data(), good.bytes->data(), n);
       Layer l;
-      EXPECT(!parse_layer(bytes.data(), n, &l).empty(), "%zu of %zu bytes are taken", n, good.bytes->size());
+      EXPECT(!open_layer(bytes.data(), n, &l).empty(), "%zu of %zu bytes are taken", n, good.bytes->size());
       const uint64_t total = n;
       if (n >= sizeof h) memcpy(bytes.data() + offsetof(PackedHeader, total_bytes), &total, 8);
-      EXPECT(!parse_layer(bytes.data(), n, &l).empty(), "%zu of %zu bytes are taken", n, good.bytes->size());
+      EXPECT(!open_layer(bytes.data(), n, &l).empty(), "%zu of %zu bytes are taken", n, good.bytes->size());
       refused += 2;
     }
   }
@@ -403,8 +419,25 @@ std::string test_damage(const Options& options) {
     memcpy(header, good.data(), sizeof header);
     for (int changes = random.between(1, 3); changes > 0; changes--) {
       const int field = 12 + 4 * random.below(int(sizeof header - 12) / 4);
-      const int interesting = random.pick({-1, 0, 1, 2, 3, 4, 8, 15, 16, 17, 32, 48, 64, 128, 1 << 16, 1 << 24, 1 << 30,
-                                           (1 << 30) + (1 << 29), std::numeric_limits<int>::max(),
+      const int interesting = random.pick({-1,
+                                           0,
+                                           1,
+                                           2,
+                                           3,
+                                           4,
+                                           8,
+                                           15,
+                                           16,
+                                           17,
+                                           32,
+                                           48,
+                                           64,
+                                           128,
+                                           1 << 16,
+                                           1 << 24,
+                                           1 << 30,
+                                           (1 << 30) + (1 << 29),
+                                           std::numeric_limits<int>::max(),
                                            std::numeric_limits<int>::min()});
       const uint64_t offset = 64 * uint64_t(random.below(int(size / 64) + 2));
       switch (random.below(5)) {
@@ -427,16 +460,17 @@ std::string test_damage(const Options& options) {
       bytes.data()[at] = random.pick({uint8_t(random.next()), uint8_t(0x7f), uint8_t(0x80), uint8_t(0xff)});
     }
     std::string name = text("seed %llu, damaged layer %d:", static_cast<unsigned long long>(options.seed), i);
-    for (size_t at = 0; at < sizeof header; at += 4) name += text(" %d", reinterpret_cast<const int*>(bytes.data() + at)[0]);
+    for (size_t at = 0; at < sizeof header; at += 4)
+      name += text(" %d", reinterpret_cast<const int*>(bytes.data() + at)[0]);
     set_case(name);
     Layer l;
-    if (!parse_layer(bytes.data(), size, &l).empty()) continue;
+    if (!open_layer(bytes.data(), size, &l).empty()) continue;
     taken++;
     const int tokens = random.between(1, 3);
     const Input in = make_input(tokens, l.h.in_features, random.one_in(2), random);
     for (const Kernels* k : {implementations[0], implementations[random.below(int(implementations.size()))]}) {
       Output out(tokens, l.h.out_features, random.one_in(2), random);
-      forward(*k, l, in.rows, out.rows, tokens, random_tiling(random), threads_of(random.one_in(8) ? 2 : 1));
+      forward(*k, l, in.rows, out.rows, tokens, random_tiling(random), random.one_in(8) ? 2 : 1);
       out.check_margins(k->name);
     }
   }
@@ -444,22 +478,85 @@ std::string test_damage(const Options& options) {
   return text("%d damaged layers, %d of them still taken for one", count, taken);
 }
 
+// A dense linear is one block: exact sums of int8 products for every implementation, times the scales.
+std::string test_linear(const Options& options) {
+  Random random = {options.seed ^ 0x6c696e65};
+  const int cases = options.is_long ? 400 : 40;
+  for (int i = 0; i < cases; i++) {
+    const int in = 16 * random.pick({1, 2, 3, 4, 5, 8, 12, 24}),
+              tokens = random.pick({1, 2, 3, 5, 6, 7, 15, 16, 17, 33, kMaxTile});
+    const int out = random.pick({16, 32, 48, 64, 128, 192, 384}), blocks = random.pick({1, 1, 2, 4});
+    const int all_in = blocks * in, all_out = blocks * out, gap = random.pick({0, 4, 64});
+    set_case(text("%d blocks of %d to %d, %d tokens", blocks, in, out, tokens));
+    Guarded words(size_t(all_out) * in), scales(size_t(all_out) * 4), offsets(size_t(all_out) * 4);
+    Guarded x(size_t(tokens - 1) * (all_in + gap) + all_in), y((size_t(tokens - 1) * (all_out + gap) + all_out) * 4);
+    PackedHeader layout = {};
+    layout.weight_type = WeightType::kInt8;
+    layout.blocks = blocks, layout.block_in = in, layout.block_out = out;
+    std::vector<int> w(size_t(all_out) * in), sum(all_out);
+    for (int n = 0; n < blocks; n++)
+      for (int o = 0; o < out; o++)
+        for (int j = 0; j < in; j++) {
+          const int value = random.one_in(16) ? (random.one_in(2) ? -127 : 127) : random.between(-127, 127);
+          w[(size_t(n) * out + o) * in + j] = value;
+          sum[n * out + o] += value;
+          words.data()[weight_index(layout, 0, n, o, j)] = uint8_t(int8_t(value));
+        }
+    for (int o = 0; o < all_out; o++) {
+      reinterpret_cast<float*>(scales.data())[o] = 0.5f + random.uniform();
+      reinterpret_cast<int32_t*>(offsets.data())[o] = -128 * sum[o];
+    }
+    for (size_t j = 0; j < x.size(); j++)
+      x.data()[j] = uint8_t(128 + (random.one_in(16) ? 127 : random.between(-127, 127)));
+    for (const Kernels* k : running_here()) {
+      memset(y.data(), 0xff, y.size());
+      k->multiply_i8({.w = {.words = words.data(),
+                            .scales = reinterpret_cast<float*>(scales.data()),
+                            .offsets = reinterpret_cast<int32_t*>(offsets.data()),
+                            .blocks = blocks,
+                            .block_in = in,
+                            .block_out = out},
+                      .x = x.data(),
+                      .x_bytes = size_t(all_in + gap),
+                      .tokens = tokens,
+                      .y = reinterpret_cast<float*>(y.data()),
+                      .y_stride = size_t(all_out + gap)});
+      for (int t = 0; t < tokens; t++)
+        for (int o = 0; o < all_out; o++) {
+          int64_t exact = 0;
+          for (int j = 0; j < in; j++)
+            exact += w[size_t(o) * in + j] * (int(x.data()[size_t(t) * (all_in + gap) + o / out * in + j]) - 128);
+          const float expected = float(exact) * reinterpret_cast<float*>(scales.data())[o];
+          const float got = reinterpret_cast<float*>(y.data())[size_t(t) * (all_out + gap) + o];
+          EXPECT(same_bits(got, expected), "%s: y[%d, %d] is %.9g, not %.9g", k->name, t, o, double(got),
+                 double(expected));
+        }
+      for (int t = 0; t + 1 < tokens; t++)
+        for (int j = 0; j < gap * 4; j++)
+          EXPECT(y.data()[(size_t(t) * (all_out + gap) + all_out) * 4 + j] == 0xff, "%s writes between rows of y",
+                 k->name);
+    }
+  }
+  return text("%d int8 products, of one block and of several", cases);
+}
+
 std::string test_dispatch(const Options&) {
   int count;
-  const Implementation* all = implementations(&count);
+  const Isa* all = isas(&count);
   std::string names;
   bool first = true;
   const char* forced = std::getenv("LOOKUPFFN_ISA");
   for (int i = 0; i < count; i++) {
-    set_case(all[i].kernels->name);
+    set_case(all[i].name);
     if (all[i].runs_here()) {
-      EXPECT(&kernels_named(all[i].kernels->name) == all[i].kernels, "its name gives another");
-      EXPECT(!first || (forced && *forced) || &kernels() == all[i].kernels, "the first that runs is not the one in use");
+      EXPECT(isa_index(all[i].name) == i, "its name gives another");
+      EXPECT(!first || (forced && *forced) || isa_index() == i, "the first that runs is not the one in use");
+      EXPECT(implementation(i).inference && implementation(i).training, "it has no kernels");
       first = false;
-      names += std::string(names.empty() ? "" : ", ") + all[i].kernels->name;
+      names += std::string(names.empty() ? "" : ", ") + all[i].name;
     } else {
       try {
-        kernels_named(all[i].kernels->name);
+        isa_index(all[i].name);
         throw std::logic_error("");
       } catch (const std::runtime_error& error) {
         EXPECT(strstr(error.what(), all[i].needs), "the error does not say what it needs: %s", error.what());
@@ -468,32 +565,15 @@ std::string test_dispatch(const Options&) {
       }
     }
   }
-  EXPECT(all[count - 1].kernels->name == std::string("scalar") && all[count - 1].runs_here(), "the last must be scalar");
+  EXPECT(all[count - 1].name == std::string("scalar") && all[count - 1].runs_here(), "the last must be scalar");
   bool refused = false;
   try {
-    kernels_named("pentium");
+    isa_index("pentium");
   } catch (const std::runtime_error&) {
     refused = true;
   }
   EXPECT(refused, "an unknown name is taken");
-
-  Random random = {1};  // the one kernel that is for measuring only
-  Guarded memory(64 * 50);
-  for (size_t i = 0; i < memory.size(); i++) memory.data()[i] = uint8_t(random.next());
-  uint32_t lines[40];
-  for (uint32_t& line : lines) line = uint32_t(random.below(50));
-  for (const Kernels* k : running_here())
-    for (int n : {0, 2, 40}) {
-      int32_t lane[16] = {}, part[16];
-      for (int i = 0; i < n; i++) {
-        memcpy(part, memory.data() + 64 * lines[i], 64);
-        for (int j = 0; j < 16; j++) lane[j] ^= part[j];
-      }
-      for (int64_t ahead : {0, 1, 3, 100})
-        EXPECT(k->read_lines(memory.data(), lines, n, ahead) == *std::max_element(lane, lane + 16), "%s reads other lines",
-               k->name);
-    }
-  return names + "; in use: " + kernels().name;
+  return names + "; in use: " + all[isa_index()].name;
 }
 
 }  // namespace
@@ -517,8 +597,9 @@ int main(int arguments, char** argument) {
   const struct {
     const char* name;
     std::string (*run)(const Options&);
-  } groups[] = {{"dispatch", test_dispatch}, {"hash", test_hash},         {"layers", test_layers},
-                {"batches", test_batches},   {"refusals", test_refusals}, {"damage", test_damage}};
+  } groups[] = {{"dispatch", test_dispatch}, {"linear", test_linear},   {"hash", test_hash},
+                {"layers", test_layers},     {"batches", test_batches}, {"refusals", test_refusals},
+                {"damage", test_damage}};
   bool failed = false;
   for (const auto& group : groups) {
     const auto start = std::chrono::steady_clock::now();

@@ -8,15 +8,18 @@ namespace {
 struct Case {
   WeightType weights;
   TableType tables;
-  int in_features, out_features, num_tables, code_bits, reads, stages, repeats, blocks, block_in, block_out, slice, tokens;
+  int in_features, out_features, num_tables, code_bits, reads, stages, repeats, blocks, block_in, block_out, slice,
+      tokens;
   bool x_bf16, y_bf16;
 
   std::string name() const {
     const char* types[][3] = {{"float32", "int16", "int8"}, {"float32", "bfloat16", "int8"}};
-    return text("%s weights, %s tables, D %d, E %d, T %d, tau %d, reads %d, stages %d, R %d, n %d, blocks %d to %d, "
-                "slices of %d, %d tokens, x %s, y %s", types[0][int(weights)], types[1][int(tables)], in_features,
-                out_features, num_tables, code_bits, reads, stages, repeats, blocks, block_in, block_out, slice, tokens,
-                x_bf16 ? "bfloat16" : "float32", y_bf16 ? "bfloat16" : "float32");
+    return text(
+        "%s weights, %s tables, D %d, E %d, T %d, tau %d, reads %d, stages %d, R %d, n %d, blocks %d to %d, "
+        "slices of %d, %d tokens, x %s, y %s",
+        types[0][int(weights)], types[1][int(tables)], in_features, out_features, num_tables, code_bits, reads, stages,
+        repeats, blocks, block_in, block_out, slice, tokens, x_bf16 ? "bfloat16" : "float32",
+        y_bf16 ? "bfloat16" : "float32");
   }
 };
 
@@ -40,15 +43,15 @@ size_t table_index(const PackedHeader& h, int table, int row, int e) {
 
 double weight(const Layer& l, int stage, int n, int o, int i) {
   const size_t at = weight_index(l.h, stage, n, o, i);
-  if (l.h.weight_type == WeightType::kInt8) return reinterpret_cast<const int8_t*>(l.weights)[at];
-  if (l.h.weight_type == WeightType::kInt16) return reinterpret_cast<const int16_t*>(l.weights)[at];
-  return reinterpret_cast<const float*>(l.weights)[at];
+  if (l.h.weight_type == WeightType::kInt8) return reinterpret_cast<const int8_t*>(l.projection.weights)[at];
+  if (l.h.weight_type == WeightType::kInt16) return reinterpret_cast<const int16_t*>(l.projection.weights)[at];
+  return reinterpret_cast<const float*>(l.projection.weights)[at];
 }
 double table_entry(const Layer& l, int table, int row, int e) {
   const size_t at = table_index(l.h, table, row, e);
-  if (l.h.table_type == TableType::kInt8) return reinterpret_cast<const int8_t*>(l.tables)[at];
-  if (l.h.table_type == TableType::kBFloat16) return from_bf16(reinterpret_cast<const uint16_t*>(l.tables)[at]);
-  return reinterpret_cast<const float*>(l.tables)[at];
+  if (l.h.table_type == TableType::kInt8) return reinterpret_cast<const int8_t*>(l.tables.rows)[at];
+  if (l.h.table_type == TableType::kBFloat16) return from_bf16(reinterpret_cast<const uint16_t*>(l.tables.rows)[at]);
+  return reinterpret_cast<const float*>(l.tables.rows)[at];
 }
 
 // A random layer in packed bytes. What lies behind the last table or output is NaN where the format leaves it open.
@@ -61,20 +64,42 @@ Packed pack(const Case& c, Random& random) {
   const bool projects = c.stages > 0, integer = projects && c.weights != WeightType::kFloat32;
   const bool int8_tables = c.tables == TableType::kInt8;
   const bool negated = int8_tables && c.reads > 1 && c.code_bits < 3;
-  const int rows = 1 << c.code_bits, codes = c.num_tables * c.code_bits, slices = (c.out_features + c.slice - 1) / c.slice;
-  PackedHeader h = {{}, kFormatVersion, c.in_features, c.out_features, c.num_tables, c.code_bits, c.reads, c.stages,
-                    c.repeats, c.blocks, c.block_in, c.block_out, negated ? 2 * rows : rows, c.weights, c.tables, c.slice,
-                    0, c.stages == 4 ? 0.7f : 1.0f, 0, 0, {}};
+  const int rows = 1 << c.code_bits, codes = c.num_tables * c.code_bits,
+            slices = (c.out_features + c.slice - 1) / c.slice;
+  PackedHeader h = {{},
+                    kFormatVersion,
+                    c.in_features,
+                    c.out_features,
+                    c.num_tables,
+                    c.code_bits,
+                    c.reads,
+                    c.stages,
+                    c.repeats,
+                    c.blocks,
+                    c.block_in,
+                    c.block_out,
+                    negated ? 2 * rows : rows,
+                    c.weights,
+                    c.tables,
+                    c.slice,
+                    0,
+                    c.stages == 4 ? 0.7f : 1.0f,
+                    0,
+                    0,
+                    {}};
   memcpy(h.magic, "LOOKUPFF", 8);
   if (projects && c.block_in == c.block_out && random.one_in(2)) h.residual = 0.3f;
 
   const size_t stages = size_t(c.repeats) * c.stages, outputs = stages * c.blocks * c.block_out;
   const size_t table_rows = size_t(slices) * c.num_tables * h.table_rows;
-  const size_t size[kSections] = {outputs * c.block_in * element_size(c.weights), integer ? outputs * 4 : 0,
-                                  integer && c.weights == WeightType::kInt8 ? outputs * 4 : 0, integer ? stages * 4 : 0,
+  const size_t size[kSections] = {outputs * c.block_in * element_size(c.weights),
+                                  integer ? outputs * 4 : 0,
+                                  integer && c.weights == WeightType::kInt8 ? outputs * 4 : 0,
+                                  integer ? stages * 4 : 0,
                                   projects ? size_t(c.repeats) * c.blocks * c.block_out * 4 : 0,
                                   table_rows * c.slice * element_size(c.tables),
-                                  int8_tables ? round_up(c.num_tables, 16) * 4 : 0, size_t(slices) * c.slice * 4};
+                                  int8_tables ? round_up(c.num_tables, 16) * 4 : 0,
+                                  size_t(slices) * c.slice * 4};
   h.total_bytes = round_up(sizeof h, 64);
   for (int s = 0; s < kSections; s++) {
     h.offset[s] = h.total_bytes;
@@ -121,8 +146,8 @@ Packed pack(const Case& c, Random& random) {
     floats(kTableScales)[i] = random.one_in(20) ? 0.0f : (0.5f + random.uniform()) / 128;
   for (int i = 0; i < slices * c.slice; i++) floats(kBias)[i] = i < c.out_features ? random.normal() : kNaN;
 
-  std::string wrong = parse_layer(data, h.total_bytes, &p.l);
-  EXPECT(wrong.empty(), "parse_layer refuses a layer: %s", wrong.c_str());
+  std::string wrong = open_layer(data, h.total_bytes, &p.l);
+  EXPECT(wrong.empty(), "open_layer refuses a layer: %s", wrong.c_str());
   for (int stage = 0; integer && stage < int(stages); stage++) {
     double largest = 1;  // sum of an output's magnitudes
     for (int n = 0; n < c.blocks; n++)
@@ -134,13 +159,15 @@ Packed pack(const Case& c, Random& random) {
         }
         largest = std::max(largest, magnitude);
         if (c.weights == WeightType::kInt8)
-          reinterpret_cast<int32_t*>(data + h.offset[kWeightOffsets])[(stage * c.blocks + n) * c.block_out + o] = -128 * int(sum);
+          reinterpret_cast<int32_t*>(data + h.offset[kWeightOffsets])[(stage * c.blocks + n) * c.block_out + o] =
+              -128 * int(sum);
       }
     const double levels = c.weights == WeightType::kInt8 ? 127 : std::min(32767.0, std::floor((0x1p31 - 1) / largest));
-    floats(kLevels)[stage] = random.one_in(4) ? std::floor(float(levels) * (0.5f + 0.5f * random.uniform())) : float(levels);
+    floats(kLevels)[stage] =
+        random.one_in(4) ? std::floor(float(levels) * (0.5f + 0.5f * random.uniform())) : float(levels);
   }
-  wrong = parse_layer(data, h.total_bytes, &p.l);
-  EXPECT(wrong.empty(), "parse_layer refuses a layer: %s", wrong.c_str());
+  wrong = open_layer(data, h.total_bytes, &p.l);
+  EXPECT(wrong.empty(), "open_layer refuses a layer: %s", wrong.c_str());
   return p;
 }
 
@@ -181,7 +208,10 @@ Input make_input(int tokens, int features, bool bfloat16, Random& random) {
 class Output {
  public:
   Output(int64_t tokens, int features, bool bfloat16, Random& random)
-      : tokens_(tokens), features_(features), size_(bfloat16 ? 2 : 4), before_(random.below(70)),
+      : tokens_(tokens),
+        features_(features),
+        size_(bfloat16 ? 2 : 4),
+        before_(random.below(70)),
         memory_((before_ + size_t(tokens) * (features + kMargin)) * size_) {
     rows = {memory_.data() + before_ * size_, features, bfloat16};
     rows.stride += random.pick({0, 0, 1, 5, kMargin});

@@ -24,12 +24,14 @@
 #include <immintrin.h>
 #endif
 
-#include "dispatch.h"
-#include "engine.h"
+#include "kernels/dispatch.h"
+#include "model/lookup.h"
 
 namespace lookupffn {
-extern const Kernels* const kEmulatedTiles;  // emulated_tiles.cpp
+namespace exported {
+extern const InferenceKernels* const inference_emulated_tiles;  // emulated_tiles.cpp
 }
+}  // namespace lookupffn
 
 using namespace lookupffn;
 
@@ -52,15 +54,15 @@ __attribute__((format(printf, 1, 2))) std::string text(const char* format, ...) 
 void set_case(const std::string& name) { snprintf(current_case, sizeof current_case, "%s", name.c_str()); }
 
 // expect(condition, format, ...): arguments are only looked at where the condition is false.
-#define EXPECT(condition, ...) \
-  do {                         \
+#define EXPECT(condition, ...)                                     \
+  do {                                                             \
     if (!(condition)) throw std::runtime_error(text(__VA_ARGS__)); \
   } while (0)
 
 struct sigaction previous_action[NSIG];
 
 void on_crash(int signal) {
-  const char *words[] = {"FAILED  crash in ", current_case, "\n"};
+  const char* words[] = {"FAILED  crash in ", current_case, "\n"};
   for (const char* word : words)
     if (write(1, word, strlen(word)) < 0) break;
   sigaction(signal, &previous_action[signal], nullptr);  // then again, so that a sanitizer or a core tells where
@@ -77,10 +79,12 @@ struct Random {  // splitmix64
   int below(int n) { return int(next() % uint64_t(n)); }
   int between(int low, int high) { return low + below(high - low + 1); }
   bool one_in(int n) { return below(n) == 0; }
-  float uniform() { return float(next() >> 40) * 0x1p-24f; }                                          // [0, 1)
+  float uniform() { return float(next() >> 40) * 0x1p-24f; }                                      // [0, 1)
   float normal() { return (uniform() + uniform() + uniform() + uniform() - 2.0f) * 1.7320508f; }  // nearly
   template <typename T>
-  T pick(std::initializer_list<T> list) { return list.begin()[below(int(list.size()))]; }
+  T pick(std::initializer_list<T> list) {
+    return list.begin()[below(int(list.size()))];
+  }
 };
 
 // Deals every entry of a list once before any comes again, so that few cases meet all awkward sizes.
@@ -169,28 +173,35 @@ class FloatMode {  // the engine's is kFlushing
 // Threads of an odd state of their own, which the engine must leave as it was; chunks as unequal as torch's may be.
 std::atomic<bool> state_changed{false};
 
-Threads threads_of(int count) {
-  return {count, [count](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-            const int64_t each = (n + count - 1) / count;
-            std::vector<std::thread> threads;
-            for (int64_t begin = 0; begin < n; begin += each)
-              threads.emplace_back([&body, begin, end = std::min(n, begin + each)] {
-                set_float_state(kOddState);
-                body(begin, end);
-                if (float_state() != kOddState) state_changed = true;
-              });
-            for (std::thread& thread : threads) thread.join();
-          }};
+// As many threads as there are tasks, with a floating-point state of their own.
+void run_on_threads(int tasks, void (*task)(void*, int), void* context) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < tasks; i++)
+    threads.emplace_back([=] {
+      set_float_state(kOddState);
+      task(context, i);
+      if (float_state() != kOddState) state_changed = true;
+    });
+  for (std::thread& thread : threads) thread.join();
 }
 
+ThreadPool threads_of(int count) { return {count, run_on_threads}; }
+
+struct Kernels : InferenceKernels { const char* name; };
+
 std::vector<const Kernels*> running_here() {  // scalar first, and last the loops of AMX on tiles that are emulated
-  int count;
-  const Implementation* all = implementations(&count);
-  std::vector<const Kernels*> kernels;
-  for (int i = count - 1; i >= 0; i--)
-    if (all[i].runs_here()) kernels.push_back(all[i].kernels);
-  kernels.push_back(kEmulatedTiles);
-  return kernels;
+  static const std::vector<Kernels> all = [] {
+    int count;
+    const Isa* isa = isas(&count);
+    std::vector<Kernels> found;
+    for (int i = count - 1; i >= 0; i--)
+      if (isa[i].runs_here()) found.push_back({*implementation(i).inference, isa[i].name});
+    found.push_back({*exported::inference_emulated_tiles, "emulated_tiles"});
+    return found;
+  }();
+  std::vector<const Kernels*> pointers;
+  for (const Kernels& k : all) pointers.push_back(&k);
+  return pointers;
 }
 
 }  // namespace

@@ -4,15 +4,26 @@ import dataclasses
 import io
 import json
 import random
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from lookupffn import native
+from lookupffn.__main__ import main
+from lookupffn.bench.timing import Timing
 from lookupffn.errors import InputError
 from lookupffn.lab import compare as lab
 from lookupffn.lab.report.comparison import _name, _tick, markdown, show, summarise
+from lookupffn.train import commands
+from lookupffn.train.pretrain import evaluate, log_perplexity
 
+# transformers' own, and of the loader, where there is no GPU
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning",
+                                        "ignore:.*tensorboard.*:DeprecationWarning")  # fmt: skip
 COMMON = {
     "preset": "small",
     "sequence_length": 16,
@@ -66,10 +77,62 @@ def test_a_bad_recipe_is_refused_before_anything_is_trained(recipes, name, messa
         lab.plan(recipes, COMMON, [name], [0], [4], "out")
 
 
-def test_runs_are_trained_measured_and_not_trained_again(corpus, tmp_path, capsys, monkeypatch, one_thread):
+@pytest.fixture
+def processes(monkeypatch, one_thread):
+    """Commands that compare starts run in this process, at once; each counts as running until it is asked for."""
+    running, most = set(), []
+
+    class Process:
+        def __init__(self, command, *, env, stdout, stderr):
+            assert command[:3] == [sys.executable, "-m", "lookupffn"]
+            assert (env["OMP_NUM_THREADS"], stderr) == ("1", subprocess.STDOUT)
+            self.pid, self.status = len(most), 0
+            running.add(self.pid)
+            most.append(len(running))
+            with monkeypatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stdout):
+                patch.setattr(sys, "argv", command[2:])
+                try:
+                    main()
+                except SystemExit as error:
+                    self.status = error.code
+
+        def poll(self):
+            running.discard(self.pid)
+            return self.status
+
+        def terminate(self):
+            pytest.fail("nothing has to be stopped")
+
+    monkeypatch.setattr(lab, "subprocess", SimpleNamespace(Popen=Process, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(lab, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(commands, "quiet", lambda: None)
+    return most
+
+
+def test_runs_are_trained_measured_and_not_trained_again(corpus, tmp_path, capsys, monkeypatch, processes):
     monkeypatch.setattr(lab, "DENSE_ENGINES", lab.DENSE_ENGINES[2:3])  # PyTorch in bfloat16: wherever this runs
+    microseconds, evaluated = {"dense": (9, 3), "six": (5, 2), "odd": (4,)}, []
+
+    def timed(forms, seconds):
+        """Each form is run, and takes on paper what is written above: eager first, then in the engine."""
+        assert seconds == pytest.approx(0.02 * len(forms))
+        left, found = {recipe: list(us) for recipe, us in microseconds.items()}, {}
+        for form, call in forms.items():
+            call()
+            us = left[form[0]].pop(0) * lab.TIMED_TOKENS
+            found[form] = Timing(us / 1e6, us / 2e6, us / 0.5e6, 7)
+        return found
+
+    def evaluated_by(model, dataset, batch_size):
+        sums = evaluate(model, dataset, batch_size)
+        evaluated.append(([type(layer.ffn).__name__ for layer in model.encoder.layers], len(dataset), sums))
+        return sums
+
+    monkeypatch.setattr(lab, "time_interleaved", timed)
+    monkeypatch.setattr(lab, "evaluate", evaluated_by)
     runs = lab.plan(RECIPES, COMMON | {"data": corpus}, ["dense", "six", "odd"], [0], [4], tmp_path)
     records = lab.compare(runs, tmp_path, jobs=2, seconds=0.02)
+    assert processes == [1, 2, 1]
     assert [r["recipe"] for r in records] == ["dense", "six", "odd"]
     assert [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()] == records
     dense, six, odd = records
@@ -77,10 +140,13 @@ def test_runs_are_trained_measured_and_not_trained_again(corpus, tmp_path, capsy
     assert dense["ffn_macs_per_token"] == 2 * 32 * 64
     assert six["ffn_options"] == RECIPES["six"]["ffn_options"]
     assert dense["log_perplexity_int8"] is odd["log_perplexity_int8"] is None  # the engine has neither
-    assert all(r["ffn_us_per_token"] > 0 for r in records)
+    assert (dense["ffn_engine"], dense["ffn_dtype"], odd["ffn_engine"]) == ("PyTorch", "bfloat16", "PyTorch eager")
+    assert (dense["ffn_us_per_token"], odd["ffn_us_per_token"]) == pytest.approx((3, 4))
     if native.available():
-        assert six["log_perplexity_int8"] == pytest.approx(six["log_perplexity"], abs=0.05)
-    assert odd["ffn_engine"] == "PyTorch eager"
+        ((kinds, blocks, sums),) = evaluated
+        assert (set(kinds), blocks) == ({"PackedLookupFFN"}, 8)
+        assert six["log_perplexity_int8"] == log_perplexity(sums)["log_perplexity"] != six["log_perplexity"]
+        assert (six["ffn_dtype"], six["ffn_us_per_token"]) == ("int8", pytest.approx(2))
     assert 0 < dense["train_loss"] < 7
     assert dense["cells"] == []
     assert six["cells"][0]["bits"] == 24
@@ -97,7 +163,7 @@ def test_runs_are_trained_measured_and_not_trained_again(corpus, tmp_path, capsy
     assert {run.folder: (run.folder / "results.json").stat().st_mtime_ns for run in runs} == before
 
 
-def test_a_run_that_fails_is_named_and_stops_no_other(corpus, tmp_path, one_thread):
+def test_a_run_that_fails_is_named_and_stops_no_other(corpus, tmp_path, processes):
     runs = lab.plan(RECIPES, COMMON | {"data": corpus}, ["dense", "six"], [0], [2], tmp_path)
     runs[0].folder.mkdir()
     (runs[0].folder / "config.json").write_text('{"steps": 99}')  # another run's

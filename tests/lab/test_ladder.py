@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [*ROOT.glob("benchmarks/ladder*.cpp"), *ROOT.glob("csrc/isa_*.cpp"), ROOT / "csrc/dispatch.cpp"]
+SOURCES = [*ROOT.glob("benchmarks/ladder*.cpp"), *ROOT.glob("csrc/kernels/*.cpp")]
 ARM = os.uname().machine == "aarch64"
+
+pytestmark = pytest.mark.slow  # an exhibit: it compiles for minutes, and nothing depends on it
+pytestmark = pytest.mark.slow  # an exhibit: nothing that users run depends on it
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,8 @@ def program(tmp_path_factory):
     if os.uname().machine not in ("x86_64", "aarch64"):
         pytest.skip("its sources are chosen here for x86_64 and aarch64")
     folder = tmp_path_factory.mktemp("ladder")
-    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-Wno-psabi", "-pthread", "-Icsrc"]
+    flags = ["-std=c++20", "-O0", "-ffp-contract=off", "-Wno-psabi", "-pthread", "-Icsrc"]
+    flags += ['-DLOOKUPFFN_TABLES="kernels/kernels.h"', '-DLOOKUPFFN_LOOPS="kernels/loops-inl.h"']  # as CMakeLists.txt
 
     def compiled(source):
         built = folder / f"{source.stem}.o"

@@ -14,9 +14,9 @@ from lookupffn.lab.report import verdict, write_report
 from lookupffn.lab.report.plots import spread_labels
 
 
-def _timings(microseconds):
+def _timings(microseconds, engine, dtype):
     keys = [("ffn", 1), ("ffn", 512), ("model", 1), ("model", 512)]
-    how = {"runs": 30, "dtype": "float32", "threads": 2, "engine": "PyTorch eager"}
+    how = {"runs": 30, "dtype": dtype, "threads": 2, "engine": engine}
     return [
         {
             "what": what,
@@ -35,7 +35,7 @@ def _curve(end, rate):
     return [{"step": s, "tokens": s * 2048, "log_perplexity": end + (7.62 - end) * math.exp(-s / rate)} for s in steps]
 
 
-def _cells():
+def _buckets():
     quantiles = [
         (0.05, 0.31, 0.72, 1.30, 2.6),
         (0.04, 0.28, 0.66, 1.19, 2.3),
@@ -45,7 +45,7 @@ def _cells():
     return [
         {
             "layer": layer,
-            "cells_used": used,
+            "buckets_used": used,
             "code_entropy": entropy,
             "dead_bits": dead,
             "bits": 512,
@@ -77,7 +77,10 @@ def _report():
         "ffn_bytes_per_token": 8_398_848,
         "model_bytes_per_token": 50_462_720,
         "ffn_us_per_token": 17.31,
-        "timings": _timings((121.4, 17.31, 1391.2, 96.7)),
+        "timings": [
+            *_timings((121.4, 19.95, 1391.2, 120.3), "PyTorch eager", "float32"),
+            *_timings((150.2, 17.31, 1500.4, 96.7), "PyTorch compiled", "bfloat16"),
+        ],
         "training_seconds": 214.6,
         "curve": _curve(3.24, 420),
         "cells": [],
@@ -103,10 +106,10 @@ def _report():
         "ffn_bytes_per_token": 786_432,
         "model_bytes_per_token": 20_013_056,
         "ffn_us_per_token": 39.84,
-        "timings": _timings((309.5, 39.84, 2140.8, 187.9)),
+        "timings": _timings((309.5, 39.84, 2140.8, 187.9), "lookupffn avx512_vnni", "int8"),
         "training_seconds": 371.2,
         "curve": _curve(3.35, 450),
-        "cells": _cells(),
+        "cells": _buckets(),
     }
     guesses = {
         "dense": [
@@ -121,7 +124,7 @@ def _report():
         ],
     }
     return {
-        "format_version": 1,
+        "format_version": 2,
         "created": "2026-11-20T23:40:00Z",
         "command": "lookupffn demo",
         "seed": 0,
@@ -132,7 +135,6 @@ def _report():
             "memory_bytes": 16_647_192_576,
             "os": "Linux 6.1 x86_64",
             "device": "cpu",
-            "dtype": "float32",
             "versions": {
                 "python": "3.11.7",
                 "torch": "2.13.0",
@@ -163,6 +165,7 @@ def _report():
         "tokens_evaluated": 9011,
         "unigram_entropy": 5.913,
         "models": {"dense": dense, "lookup": lookup},
+        "engines_left_out": [{"what": "ffn", "engine": "dense, OpenVINO, float32", "reason": "openvino is missing"}],
         "fills": [
             {"text": "import <mask>\nfrom collections import deque\n", **guesses},
             {
@@ -220,7 +223,7 @@ def test_figures_follow_the_theme(page):
     assert "color-scheme: light dark" in page
     assert "prefers-color-scheme: dark" in page
     figures = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len(figures) == 2 + 4 + 2  # curves wide and narrow, times, cells
+    assert len(figures) == 2 + 4 + 2  # curves wide and narrow, times, buckets
     for svg in figures:
         assert not re.search(r"#[0-9a-f]{6}\b|rgb\(|font-family", svg)
         assert {"var(--muted)", "var(--lookup)"} <= set(re.findall(r"var\(--\w+\)", svg))
@@ -247,7 +250,12 @@ def test_figures_follow_the_theme(page):
         "whole model 13,684,224 39,378,432 2.9× more",
         "wall time 3 min 35 s 6 min 11 s 1.7× longer",
         "unigram entropy 5.91",
-        "PyTorch eager, float32, 2 threads",
+        "FFN at 1 token PyTorch eager, float32; lookupffn avx512_vnni, int8; 2 threads",
+        "FFN at 512 tokens PyTorch compiled, bfloat16; lookupffn avx512_vnni, int8; 2 threads",
+        "dense PyTorch eager float32 121 19.9 dense PyTorch compiled bfloat16 150 17.3",
+        "lookup lookupffn avx512_vnni int8 310 39.8",
+        "dense PyTorch compiled bfloat16 1,500 96.7 lookup lookupffn avx512_vnni int8 2,141 188",
+        "Left out: dense, OpenVINO, float32 (openvino is missing).",
         "3 71 % 82 % 3 of 512 0.70",
         "␣os 41 % ␣sys 22 %",
         "lookupffn demo , seed 0, 2026-11-20T23:40:00Z",
@@ -258,6 +266,13 @@ def test_figures_follow_the_theme(page):
 )
 def test_page_shows(page, number):
     assert number in _text(page)
+
+
+def test_the_fastest_form_of_each_model_is_bold(page):
+    assert re.findall(r"<strong>(.*?)</strong>", page) == [
+        *("121", "17.3", "310", "39.8"),  # one FFN
+        *("1,391", "96.7", "2,141", "188"),  # the whole model
+    ]
 
 
 def test_page_opens_with_the_verdict(page):
@@ -301,25 +316,28 @@ def test_verdict_names_a_model_that_learned_nothing(report, end):
             "ffn",
             60.7,
             39.84,
-            "lookup FFN is 2.3 times slower than dense at 512 tokens and 2.0 times faster at 1 token",
+            "lookup FFN is 2.3 times slower than the fastest dense at 512 tokens and 2.0 times faster at 1 token "
+            "(dense, the fastest of 2: PyTorch compiled, bfloat16 at 512 tokens and PyTorch eager, float32 at 1 token; "
+            "lookup: lookupffn avx512_vnni, int8; 2 threads).",
         ),
         (
             "ffn",
             364.2,
             3.0,
-            "lookup FFN is 5.8 times faster than dense at 512 tokens and 3.0 times slower at 1 token",
+            "lookup FFN is 5.8 times faster than the fastest dense at 512 tokens and 3.0 times slower at 1 token (",
         ),
         (
             "model",
             1391.2,
             967.0,
-            "lookup model is 10.0 times slower than dense at 512 tokens and as fast as dense at 1 token",
+            "lookup model is 10.0 times slower than the fastest dense at 512 tokens and as fast as the fastest dense "
+            "at 1 token (",
         ),
         (
             "model",
             math.nan,
             90.0,
-            "lookup model is 1.07 times faster than dense at 512 tokens and not measured at 1 token",
+            "lookup model is 1.07 times faster than the fastest dense at 512 tokens and not measured at 1 token (",
         ),
     ],
 )
@@ -347,6 +365,7 @@ def test_hostile_text_stays_text(report, tmp_path):
     report["models"]["dense"]["config"][evil] = evil
     for timing in report["models"]["lookup"]["timings"]:
         timing["engine"] = evil
+    report["engines_left_out"][0]["reason"] = evil
     html = _html(report, tmp_path)
     assert "<script" not in html
     assert 'onload="' not in html
@@ -380,10 +399,15 @@ def test_numbers_that_are_none(report, tmp_path, number):
 
 def test_one_bad_number_hides_no_other(report, tmp_path):
     report["models"]["lookup"]["curve"][3]["log_perplexity"] = math.nan
-    report["models"]["dense"]["timings"][1]["us_per_token"] = math.inf
+    slower, fastest = (t for t in report["models"]["dense"]["timings"] if (t["what"], t["tokens"]) == ("ffn", 512))
+    fastest["us_per_token"] = math.inf
     html = _html(report, tmp_path)
     assert len(re.findall("<svg", html)) == 8
-    assert "FFN at 512 tokens not measured 16.6–19.2 39.8 38.2–44.2 not measured" in _text(html)
+    assert "FFN at 512 tokens 19.9 19.2–22.1 39.8 38.2–44.2 2.0× slower" in _text(html)
+    slower["us_per_token"] = math.nan
+    html = _html(report, tmp_path)
+    assert len(re.findall("<svg", html)) == 8
+    assert "FFN at 512 tokens not measured 19.2–22.1 39.8 38.2–44.2 not measured" in _text(html)
 
 
 def test_nothing_measured(report, tmp_path):
@@ -393,7 +417,7 @@ def test_nothing_measured(report, tmp_path):
     html = _html(report, tmp_path)
     assert "<svg" not in html
     assert "Learning curves: not measured." in html
-    assert "Use of the hash cells: not measured." in html
+    assert "Use of the hash buckets: not measured." in html
 
 
 def test_a_failed_report_leaves_the_old_one(report, tmp_path):
@@ -412,7 +436,7 @@ def test_a_failed_report_leaves_the_old_one(report, tmp_path):
 
 def test_a_missing_library_is_named(report, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r"pip install lookupffn\[train\]"):
+    with pytest.raises(ImportError, match=r"pip install 'lookupffn\[lab\]'"):
         write_report(report, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lookupffn import LookupConfig, LookupFFN, PackedError, native, reference
@@ -157,7 +157,11 @@ def test_integer_weights_lie_within_half_a_step_and_their_sums_within_32_bits(co
 
 
 def projection_bounds(layer, u, x):
-    """``(z, bound)`` of the reference and the most by which quantisation can have moved it, stage by stage, float64."""
+    """``(z, bound)``: z of the reference, and six standard deviations of what rounding adds to it, float64.
+
+    Each rounding of an activation or a weight is taken as it is, and all as independent, stage by stage: its square
+    passes through the squares of the matrices after it. What they add up to at worst is 200 times as much with int8.
+    """
     c, h = layer.config, u.header
     rows = reference_matrices(layer)
     z = torch.cat([x @ m.T for m in rows], 1)[:, : c.code_features] + layer.projection.bias.detach().double()
@@ -167,30 +171,32 @@ def projection_bounds(layer, u, x):
     x = torch.nn.functional.pad(x, (0, h["blocks"] * h["block_in"] - x.shape[1]))
     bounds = []
     for r, stages in enumerate(stage_matrices(u)):
-        y, error = x, torch.zeros_like(x)
+        y, variance = x, torch.zeros_like(x)
         for s, stage in enumerate(stages):
             right = across @ torch.block_diag(*exact[r, s])
             unit = y.abs().amax(1, keepdim=True) / u.levels[r, s].double()
             quantised = (y / unit).round() * unit
-            error = error @ right.abs().T + (quantised - y).abs() @ right.abs().T
-            error = error + quantised.abs() @ (stage - right).abs().T
-            error = error + 1e-5 * (quantised.abs() @ stage.abs().T)  # float32, and activations that round elsewhere
+            variance = (variance + (quantised - y).square()) @ right.square().T
+            variance += quantised.square() @ (stage - right).square().T
+            variance += (1e-6 * quantised).square() @ stage.square().T  # float32
             y = quantised @ stage.T
-        bounds.append(h["scale"] * error)
+        bounds.append(h["scale"] * 6 * variance.sqrt())
     return z, torch.cat(bounds, 1)[:, : c.code_features] + 1e-6 * z.abs()
 
 
 @with_projection
-@pytest.mark.parametrize(("kind", "relative"), [("int8", 0.05), ("int16", 5e-4)])
-def test_a_quantised_projection_stays_near_the_reference_and_flips_codes_only_there(config, kind, relative):
+@pytest.mark.parametrize(("kind", "relative", "sure"), [("int8", 0.02, 0.9), ("int16", 5e-4, 0.99)])
+def test_a_quantised_projection_stays_near_the_reference_and_flips_codes_only_there(config, kind, relative, sure):
     layer = trained(config)
     u = decode(encode(layer, "int8", kind))
     x = torch.randn(200, config.in_features)
     z, bound = projection_bounds(layer, u, x.double())
     got = packed_project(u, x).double()
     assert ((got - z).abs() <= bound).all()
-    assert (z[(got > 0) != (z > 0)].abs() <= bound[(got > 0) != (z > 0)]).all()
     assert (got - z).norm() <= relative * z.norm()
+    away = z.abs() > bound
+    assert away.double().mean() > sure
+    assert torch.equal((got > 0)[away], (z > 0)[away])
 
 
 def test_int16_weights_have_a_tenth_of_the_error_of_int8_at_most():
@@ -236,7 +242,7 @@ def test_scores_below_zero_weigh_rows_as_the_reference_does(tau, reads):
     layer = trained(config)
     x = torch.randn(60, config.in_features)
     z = x.double().view(60, 19, tau)
-    codes, scores = reference.nearest_cells(z, reads)
+    codes, scores = reference.nearest_buckets(z, reads)
     assert (scores < 0).any() == (tau < 3 and reads > tau)
     exact = reference.gather(layer.tables.detach().double(), codes, scores) + layer.bias.detach()
     u = decode(encode(layer, "int8"))
@@ -525,6 +531,8 @@ def packed_case(i, types):
     value=st.one_of(st.integers(0, 260), st.integers(0, 40).map(lambda i: 1 << i), st.integers(0, 2**63)),
     index=st.integers(0, len(SECTIONS) - 1),
 )
+@example(case=(0, ("int8", "int8")), field="scale", value=3, index=0)  # nothing is wrong with these two
+@example(case=(9, ("float32", "int16")), field="reads", value=1, index=0)
 def test_a_changed_header_is_refused_by_both_readers_or_harms_no_one(case, field, value, index):
     largest = 2**31 - 1 if field in format._INTS else 2**32 - 1
     good = packed_case(*case)
@@ -538,21 +546,29 @@ def test_a_changed_header_is_refused_by_both_readers_or_harms_no_one(case, field
         assert wrong
         return
     x = torch.randn(3, header["in_features"])
-    y = torch.ops.lookupffn.packed_forward(x, bytes_, header["out_features"], 24, 1, 0, 0, "")
+    y = torch.ops.lookupffn.packed_forward(x, bytes_, header["out_features"], 24, 1, 0, 0)
     assert y.shape == packed_forward(decode(bytes_), x).shape
 
 
 @settings(max_examples=EXAMPLES // 20 or 100, deadline=None, derandomize=not EXAMPLES, database=None)
-@given(data=st.binary(max_size=400), keep=st.integers(0, HEADER_BYTES), cut=st.integers(0, 2000))
-def test_no_bytes_whatever_raise_anything_else(data, keep, cut):
+@given(
+    data=st.binary(max_size=400),
+    place=st.integers(0, 2 * HEADER_BYTES),
+    cut=st.one_of(st.just(0), st.integers(0, 2000)),
+)
+@example(data=b"", place=0, cut=0)
+@example(data=b"any weight", place=HEADER_BYTES + 40, cut=0)
+def test_no_bytes_whatever_raise_anything_else(data, place, cut):
+    """Some bytes of a whole file replaced, and its end cut off; with weights alone replaced it is read."""
     good = encode(golden_layer()).numpy().tobytes()
-    bytes_ = (good[:keep] + data + good[keep + len(data) :])[: len(good) - cut] if cut else good[:keep] + data
-    tensor = torch.frombuffer(bytearray(bytes_ or b"\0"), dtype=torch.uint8)
+    bytes_ = (good[:place] + data + good[place + len(data) :])[: len(good) - cut]
+    tensor = torch.frombuffer(bytearray(bytes_), dtype=torch.uint8)
     try:
-        checked_header(tensor)
+        header = checked_header(tensor)
     except PackedError:
+        assert cut or (place < HEADER_BYTES and data), "nothing is wrong with these"
         return
-    decode(tensor)
+    assert packed_forward(decode(tensor), torch.randn(2, header["in_features"])).shape == (2, header["out_features"])
 
 
 @pytest.mark.skipif(not native.available(), reason="runs every implementation of the kernels")
@@ -571,7 +587,7 @@ def test_whatever_numbers_the_sections_hold_nothing_crashes(case, seed):
     x = torch.randn(5, header["in_features"])
     for implementation in native.implementations():
         if implementation["runs_here"]:
-            y = torch.ops.lookupffn.packed_forward(
+            y = torch.ops.lookupffn.packed_forward_isa(
                 x, bytes_, header["out_features"], 24, 1, 128, 0, implementation["name"]
             )
             assert y.shape == (5, header["out_features"])

@@ -143,7 +143,7 @@ def test_given_z_the_layer_is_the_references(tau, reads):
     layer = trained(config)
     x = torch.randn(50, config.in_features)
     z, rows, bias = x.double().view(50, 21, tau), layer.tables.detach().double(), layer.bias.detach().double()
-    codes, scores = reference.nearest_cells(z, reads)
+    codes, scores = reference.nearest_buckets(z, reads)
     y = reference.lookup_ffn(z, rows, bias, reads)
     size = reference.gather(rows.abs(), codes, scores.abs()) + bias.abs()
     # int8: half a step of every entry, and half a step of every score times its row

@@ -89,6 +89,29 @@ def test_a_tiling_is_timed_once_and_then_kept(monkeypatch):
     assert len(timed) == 4
 
 
+def test_the_timed_choice_is_the_fastest_of_each_size_in_turn(monkeypatch):
+    """By a clock that the operator puts forward; every fifth call takes twice as long."""
+    now, calls = [0.0], []
+
+    def packed_forward(x, packed, out_features, tile_tokens, groups_per_block, prefetch_distance, serial_tokens):
+        calls.append(len(x))
+        seconds = {4: 5, 2: 3, 1: 4}[groups_per_block] + {0: 0.5, 128: 0.2, 256: 0.1}[prefetch_distance]
+        seconds += 1 if (len(x) <= serial_tokens) != (len(x) <= 4) else 0
+        now[0] += seconds * (1 if len(calls) % 5 else 2)
+
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.ops.lookupffn, "packed_forward", packed_forward, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(native, "implementation", lambda: "scalar")
+    config = LookupConfig(64, 256, num_tables=64, code_bits=5, block_size=16)
+    chosen = tuning._timed_choice(config, torch.zeros(0, dtype=torch.uint8))
+    assert chosen == Tiling(groups_per_block=2, prefetch_distance=256, serial_tokens=4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert tuning._timed_choice(config, torch.zeros(0, dtype=torch.uint8)) == dataclasses.replace(
+        chosen, serial_tokens=0
+    )
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     "text",
@@ -108,15 +131,16 @@ def test_a_damaged_cache_is_done_without(text, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LOOKUPFFN_CACHE", str(tmp_path / "file" / "below"))
-    layer = layer_of(SMALL)
-    assert isinstance(pack(layer, tune=True).tiling, Tiling)
+    layer, chosen = layer_of(SMALL), [Tiling(7), Tiling(8), Tiling(9)]
+    monkeypatch.setattr(tuning, "_timed_choice", lambda *given: chosen.pop(0))
+    assert [pack(layer, tune=True).tiling for _ in range(2)] == [Tiling(7), Tiling(8)]  # timed anew each time
 
     def no_home(self):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("LOOKUPFFN_CACHE")
     monkeypatch.setattr(type(tmp_path), "expanduser", no_home)
-    assert isinstance(pack(layer, tune=True).tiling, Tiling)
+    assert pack(layer, tune=True).tiling == Tiling(9)
 
 
 @needs_kernels

@@ -5,9 +5,9 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from transformers import get_linear_schedule_with_warmup
 from lookupffn import LookupFFN
 from lookupffn.errors import InputError
 from lookupffn.hf import LookupRobertaForMaskedLM
+from lookupffn.train import pretrain as pretraining
 from lookupffn.train.config import PretrainConfig
 from lookupffn.train.masking import MaskedBlocks
 from lookupffn.train.pretrain import (
@@ -95,7 +96,7 @@ def config_for(corpus, output_dir, **changes):
     return PretrainConfig(**settings | changes)
 
 
-def command(config, *launcher):
+def flags(config):
     flags = []
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
@@ -103,12 +104,14 @@ def command(config, *launcher):
             flags += [f"{flag}={k}={v}" for k, v in value.items()]
         elif field.name != "bf16" and value is not None:
             flags.append(f"{flag}={value}")
-    return [sys.executable, *launcher, "-m", "lookupffn", "pretrain", *flags]
+    return flags
 
 
 def losses(output_dir):
     lines = map(json.loads, (Path(output_dir) / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    found = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert [step for step, _ in found] == [2, 4, 6, 8, 10, 12]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -146,21 +149,32 @@ def test_a_run_leaves_a_model_metrics_and_whole_checkpoints(uninterrupted):
     assert cells[0]["cells"][0]["bits"] == 24
 
 
+DIES_WHILE_SAVING = """
+import json, os, signal, sys
+from lookupffn.train import checkpoint, pretrain
+from lookupffn.train.config import PretrainConfig
+mark_complete = checkpoint.mark_complete
+def dies_at_the_second(path):
+    os.kill(os.getpid(), signal.SIGKILL) if path.name == "checkpoint-8" else mark_complete(path)
+checkpoint.mark_complete = dies_at_the_second
+pretrain.pretrain(PretrainConfig(**json.loads(sys.argv[1])))
+"""
+
+
 def test_killed_and_started_again_it_ends_bit_for_bit_the_same(uninterrupted, corpus, tmp_path):
+    """The second checkpoint is there, but for the mark that it is whole: training goes on from the first."""
     config, result = uninterrupted
     config = dataclasses.replace(config, output_dir=str(tmp_path))
-    process = subprocess.Popen(command(config), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "checkpoint-4" / "COMPLETE.json").exists():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    settings = json.dumps(dataclasses.asdict(config))
+    command, one_thread = [sys.executable, "-c", DIES_WHILE_SAVING, settings], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "checkpoint-4" / "COMPLETE.json").exists()
+    assert (tmp_path / "checkpoint-8" / "model.safetensors").exists()
+    assert not (tmp_path / "checkpoint-8" / "COMPLETE.json").exists()
     assert not (tmp_path / "results.json").exists()
     resumed = pretrain(config)
-    assert resumed.metrics["resumed_from"] in ("checkpoint-4", "checkpoint-8")
+    assert resumed.metrics["resumed_from"] == "checkpoint-4"
     ours, theirs = (load_file(Path(c) / "model" / "model.safetensors") for c in (tmp_path, result.output_dir))
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -169,19 +183,64 @@ def test_killed_and_started_again_it_ends_bit_for_bit_the_same(uninterrupted, co
     assert resumed.metrics["log_perplexity"] == result.metrics["log_perplexity"]
 
 
-def test_two_processes_have_the_losses_of_one(corpus, tmp_path):
-    alone = pretrain(config_for(corpus, tmp_path / "one"))
-    config = config_for(corpus, tmp_path / "two")
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(config, *torchrun, "--rdzv-endpoint=localhost:0"),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """The run of one process, a whole batch at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        seen = batches_seen(patch)
+        result = pretrain(config_for(corpus, tmp_path_factory.mktemp("alone"), save_every=0))
+    assert seen == [8] * 12
+    return result
+
+
+def batches_seen(patch):
+    """The sizes of the batches that a model is trained on, from now on."""
+    build, seen = pretraining.build_model, []
+
+    def look(model, _, inputs):
+        if model.training:
+            seen.append(len(inputs["labels"]))
+
+    def build_model(config, tokenizer):
+        model = build(config, tokenizer)
+        model.register_forward_pre_hook(look, with_kwargs=True)
+        return model
+
+    patch.setattr(pretraining, "build_model", build_model)
+    return seen
+
+
+# What torchrun does with `-m lookupffn pretrain ...`, but that both processes share the seconds of the imports, and
+# none of them takes its interpreter apart at the end.
+TWO_PROCESSES = """
+import os, sys, traceback
+import lookupffn.train.pretrain
+from lookupffn.__main__ import main
+for rank in ("0", "1"):
+    if not os.fork():
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+        try:
+            main()
+        except SystemExit as ended:
+            os._exit(ended.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+os._exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
+"""
+
+
+def test_two_processes_have_the_losses_of_one(alone, corpus, tmp_path):
+    config = config_for(corpus, tmp_path / "two", save_every=0)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ranks
+    program = [sys.executable, "-c", TWO_PROCESSES, "pretrain", *flags(config)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for (step, a), (other_step, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+    for (step, a), (other_step, b) in zip(losses(alone.output_dir), losses(tmp_path / "two"), strict=True):
         assert step == other_step
         assert a == pytest.approx(b, abs=1e-5)
     results = json.loads((tmp_path / "two" / "results.json").read_text())
@@ -189,9 +248,11 @@ def test_two_processes_have_the_losses_of_one(corpus, tmp_path):
     assert results["log_perplexity"] == pytest.approx(alone.metrics["log_perplexity"], abs=1e-5)
 
 
-def test_accumulation_changes_nothing_but_memory(corpus, tmp_path):
-    runs = [pretrain(config_for(corpus, tmp_path / str(n), accumulation=n, save_every=0)) for n in (1, 4)]
-    for (_, a), (_, b) in zip(*(losses(run.output_dir) for run in runs), strict=True):
+def test_accumulation_changes_nothing_but_memory(alone, corpus, tmp_path, monkeypatch):
+    seen = batches_seen(monkeypatch)
+    accumulated = pretrain(config_for(corpus, tmp_path, accumulation=4, save_every=0))
+    assert seen == [2] * 4 * 12
+    for (_, a), (_, b) in zip(*(losses(run.output_dir) for run in (alone, accumulated)), strict=True):
         assert a == pytest.approx(b, abs=1e-5)
 
 
@@ -259,7 +320,9 @@ def test_twins_start_from_the_same_weights_but_for_their_ffn():
     twins = [build_model(config_for("stdlib", "x", ffn=ffn), _Tokenizer()) for ffn in ("dense", "lookup")]
     dense, lookup = (dict(model.named_parameters()) for model in twins)
     shared = dense.keys() & lookup.keys()
-    assert all(".ffn." in name for name in dense.keys() ^ lookup.keys())
+    others = dense.keys() ^ lookup.keys()
+    assert others
+    assert all(".ffn." in name for name in others)
     assert len(shared) > 20
     for name in shared:
         assert torch.equal(dense[name], lookup[name]), name

@@ -20,8 +20,8 @@ from lookupffn import ops
 from lookupffn.bench.engines import DENSE_ENGINES, dense_chain, torch_runner
 from lookupffn.bench.timing import keep_freed_memory, time_interleaved
 from lookupffn.ffns.dense import DenseFFN
+from lookupffn.lab.hardware.case import LINE, Case
 from lookupffn.lab.hardware.model import Machine, dense_ns, predict, tuned
-from lookupffn.lab.hardware.work import LINE, Case
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.reference import STAGES, next_power_of_two
 from lookupffn.runtime.packed import pack
@@ -171,7 +171,7 @@ def measure(
                 calls = {"lookup": torch_runner(chain, inputs, compiled=False)}
                 for engine in DENSE_ENGINES:
                     if engine.available and not engine.compiled:
-                        with contextlib.suppress(Exception):  # whatever a rival's library raises: there are others
+                        with contextlib.suppress(Exception):  # whatever a baseline's library raises: there are others
                             calls[f"{engine.name} {engine.dtype}"] = engine.build(dense, inputs[0], threads)
                 times = time_interleaved(calls, seconds * len(calls), block=10e-3, pause=1e-3)
                 found[tokens] = {name: time.low / tokens / layers * 1e9 for name, time in times.items()}

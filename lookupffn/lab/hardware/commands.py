@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lookupffn.lab.hardware.tables import print_probe, print_validation
-
-if TYPE_CHECKING:
-    from lookupffn.lab.hardware.model import Machine
-    from lookupffn.layer import LookupConfig
+from lookupffn.errors import InputError
+from lookupffn.extras import require
+from lookupffn.lab.hardware.options import (
+    BlockSize,
+    CodeBits,
+    Dtype,
+    HiddenSize,
+    IntermediateSize,
+    Layers,
+    MachineOption,
+    NumTables,
+    Reads,
+    Threads,
+    Tokens,
+    cache_of,
+    check_dtypes,
+    check_positive,
+    config_of,
+    machine_of,
+    probed,
+    read_lines,
+    write_lines,
+)
+from lookupffn.lab.hardware.tables import print_operations, print_probe, print_validation
 
 app = typer.Typer(no_args_is_help=True, help="What this machine gives, and what the layer takes on it and on others.")
 
@@ -26,21 +43,10 @@ def probe(json_file: Annotated[str, typer.Option("--json", help="file of the rec
     """Measures this machine in under a minute: instructions, caches, memory, pages, products; table and JSON."""
     console = Console(soft_wrap=True)
     with console.status("probing") as status:
-        record = _probed(lambda what: status.update(f"probing: {what}"))
+        record = probed(lambda what: status.update(f"probing: {what}"))
     path = write_lines([record], json_file)
     print_probe(record, console)
     console.print(f"the record is in [bold]{path}[/]")
-
-
-# What several commands take.
-MachineOption = Annotated[
-    str, typer.Option(help="here: measured now; a file that probe wrote; or a described processor, see `machines`")
-]
-HiddenSize = Annotated[int, typer.Option(help="width of the model, D = E")]
-IntermediateSize = Annotated[int | None, typer.Option(help="width inside the dense FFN [4 times the hidden size]")]
-Layers = Annotated[int, typer.Option(help="layers of the model, which take turns in the caches")]
-Tokens = Annotated[list[int], typer.Option(help="tokens a call; repeat for more")]
-Threads = Annotated[int, typer.Option(help="threads")]
 
 
 @app.command()
@@ -60,33 +66,38 @@ def predict(
     machine: MachineOption = "here",
     hidden_size: HiddenSize = 768,
     intermediate_size: IntermediateSize = None,
-    num_tables: Annotated[int, typer.Option(help="tables T")] = 128,
-    code_bits: Annotated[int, typer.Option(help="bits of a code, tau")] = 8,
-    reads: Annotated[int, typer.Option(help="nearest cells read in a table, N")] = 3,
-    block_size: Annotated[int, typer.Option(help="edge of a BH4 block, b")] = 8,
-    dtype: Annotated[str, typer.Option(help="of the tables: int8, bfloat16 or float32")] = "int8",
+    num_tables: NumTables = 128,
+    code_bits: CodeBits = 8,
+    reads: Reads = 3,
+    block_size: BlockSize = 8,
+    dtype: Dtype = "int8",
     layers: Layers = 12,
     tokens: Tokens = [1, 64, 4096],  # noqa: B006
     threads: Threads = 1,
+    operations: Annotated[
+        str | None, typer.Option(help="file of `count`, for an install without the library that counts")
+    ] = None,
     json_file: Annotated[str | None, typer.Option("--json", help="file for one JSON line a number of tokens")] = None,
 ):
-    """What a layer takes on a machine, loop by loop, what each waits for, and dense beside it."""
-    from lookupffn.lab.hardware import model
-    from lookupffn.lab.hardware.work import PROJECTION_DTYPES, Case
+    """What a layer takes on a machine, loop by loop, what each is bound by, and dense beside it."""
+    from lookupffn.lab.hardware import counting, model
+    from lookupffn.lab.hardware.case import PROJECTION_DTYPES, Case
 
     inner, console = intermediate_size or 4 * hidden_size, Console(soft_wrap=True)
-    _positive(hidden_size=hidden_size, intermediate_size=inner, layers=layers, tokens=min(tokens), threads=threads)
-    _known_dtypes([dtype])
-    config = _config(hidden_size, num_tables, code_bits, reads, block_size)
-    m, records = _machine(machine, console), []
+    check_positive(hidden_size=hidden_size, intermediate_size=inner, layers=layers, tokens=min(tokens), threads=threads)
+    check_dtypes([dtype])
+    config = config_of(hidden_size, num_tables, code_bits, reads, block_size)
+    if operations:
+        counting.add_known(read_lines(operations))
+    m, records = machine_of(machine, console), []
     for n in tokens:
         found = model.predict(model.tuned(Case(config, dtype, n, threads, layers), m), m)
         table = Table(title=f"{n:,} token(s) a call, {threads} thread(s): ns a token on {m.name}", box=box.SIMPLE)
-        for heading in ("stage", "loop", "ns", "waits for"):
+        for heading in ("stage", "loop", "ns", "bound by"):
             table.add_column(heading, justify="right" if heading == "ns" else "left")
         for stage, bounds in found.stages.items():
             for b in bounds:
-                table.add_row(stage, b.loop, f"{b.ns:,.1f}", b.limit)
+                table.add_row(stage, b.loop, f"{b.ns:,.1f}", b.bound_by)
         table.add_row("call", "", f"{found.overhead_ns:,.1f}", "")
         table.add_row("[bold]all[/]", "", f"[bold]{found.ns:,.1f}[/]", "")
         dense = {d: model.dense_ns(hidden_size, inner, m, d, n, threads, layers) for d in PROJECTION_DTYPES}
@@ -107,10 +118,40 @@ def predict(
 
 
 @app.command()
+def count(
+    hidden_size: HiddenSize = 768,
+    num_tables: NumTables = 128,
+    code_bits: CodeBits = 8,
+    reads: Reads = 3,
+    block_size: BlockSize = 8,
+    dtype: Dtype = "int8",
+    tokens: Tokens = [1, 64, 4096],  # noqa: B006
+    threads: Threads = 1,
+    json_file: Annotated[str, typer.Option("--json", help="file of the lines")] = "runs/hardware/operations.jsonl",
+):
+    """Operations of each loop for a token, by running the kernels on a vector shim that counts; table and lines."""
+    from lookupffn.lab.hardware import counting
+    from lookupffn.lab.hardware.case import Case
+    from lookupffn.runtime.tuning import Tiling, block_sizes
+
+    check_positive(hidden_size=hidden_size, tokens=min(tokens), threads=threads)
+    check_dtypes([dtype])
+    config = config_of(hidden_size, num_tables, code_bits, reads, block_size)
+    console, records = Console(soft_wrap=True), []
+    for n in tokens:
+        # All that `predict` chooses from; the first has all tables in one block.
+        tilings = [Tiling(groups_per_block=groups) for groups in block_sizes(num_tables)]
+        cases = [Case(config, dtype, n, threads, tiling=tiling) for tiling in tilings]
+        records += (counting.record(case) for case in cases)
+        print_operations(counting.count(cases[0]), f"{n:,} token(s) a call: operations a token", console)
+    console.print(f"the lines are in [bold]{write_lines(records, json_file)}[/]")
+
+
+@app.command()
 def validate(
-    cases: Annotated[int, typer.Option(help="layers and calls drawn at random")] = 24,
-    steps: Annotated[int, typer.Option(help="training steps drawn at random")] = 4,
-    seed: Annotated[int, typer.Option(help="of what is drawn")] = 0,
+    cases: Annotated[int, typer.Option(help="layers and calls, a random sample")] = 24,
+    steps: Annotated[int, typer.Option(help="training steps, a random sample")] = 4,
+    seed: Annotated[int, typer.Option(help="of the samples")] = 0,
     passes: Annotated[int, typer.Option(help="measurements of everything in turn; the median of each counts")] = 12,
     seconds: Annotated[float, typer.Option(help="time for each measurement")] = 0.2,
     json_file: Annotated[str, typer.Option("--json", help="file of the lines")] = "runs/hardware/validate.jsonl",
@@ -120,15 +161,15 @@ def validate(
 
     from lookupffn.lab.hardware import validate as run
 
-    _positive(cases=cases, passes=passes, seconds=seconds)
+    check_positive(cases=cases, passes=passes, seconds=seconds)
     console = Console(soft_wrap=True)
-    drawn = run.draw_cases(cases, seed, torch.get_num_threads()), run.draw_steps(steps, seed)
+    samples = run.sample_cases(cases, seed, torch.get_num_threads()), run.sample_steps(steps, seed)
     with console.status("validating") as status:
 
-        def probed():
-            return _probed(lambda what: status.update(f"probing: {what}"), passes=1)
+        def probe_once():
+            return probed(lambda what: status.update(f"probing: {what}"), passes=1)
 
-        records = run.validate(*drawn, probed, passes, seconds, status.update)
+        records = run.validate(*samples, probe_once, passes, seconds, status.update)
     summaries = run.summaries(records)
     print_validation(records, summaries, console)
     console.print(f"the lines are in [bold]{write_lines([*records, *summaries], json_file)}[/]")
@@ -140,10 +181,10 @@ def simulate(
         list[str], typer.Option(help="KiB/ways of a level, from L1 outwards; repeat for more [those of this machine]")
     ] = [],  # noqa: B006
     hidden_size: HiddenSize = 512,
-    num_tables: Annotated[int, typer.Option(help="tables T")] = 128,
-    code_bits: Annotated[int, typer.Option(help="bits of a code, tau")] = 8,
-    reads: Annotated[int, typer.Option(help="nearest cells read in a table, N")] = 1,
-    dtype: Annotated[str, typer.Option(help="of the rows: int8, bfloat16 or float32")] = "int8",
+    num_tables: NumTables = 128,
+    code_bits: CodeBits = 8,
+    reads: Reads = 1,
+    dtype: Dtype = "int8",
     tokens: Annotated[int, typer.Option(help="tokens a call")] = 512,
     entropy: Annotated[
         float | None, typer.Option(help="bits of the nearest rows' codes in a table; code_bits is uniform [code_bits]")
@@ -154,14 +195,14 @@ def simulate(
     from lookupffn import machine
     from lookupffn.lab.hardware import gather_stream
 
-    _positive(hidden_size=hidden_size, tokens=tokens)
+    check_positive(hidden_size=hidden_size, tokens=tokens)
     console = Console(soft_wrap=True)
     try:
-        levels = [gather_stream.Cache(*_cache(text)) for text in caches] or [
+        levels = [gather_stream.Cache(*cache_of(text)) for text in caches] or [
             gather_stream.Cache(c["bytes"], c["ways"]) for c in machine.caches() if "ways" in c
         ]
         if not levels:
-            raise _refused("this system does not describe its caches; give them: --caches 32/8 --caches 1024/16")
+            raise InputError("this system does not describe its caches; give them: --caches 32/8 --caches 1024/16")
         uniform = entropy is None or entropy == code_bits
         codes = gather_stream.skewed_codes(
             tokens, num_tables, code_bits, reads, entropy=code_bits if uniform else entropy
@@ -190,7 +231,7 @@ def simulate(
                 }
             )  # fmt: skip
     except ValueError as error:
-        raise _refused(str(error)) from None
+        raise InputError(str(error)) from None
     console.print(table)
     if json_file:
         console.print(f"the lines are in [bold]{write_lines(records, json_file)}[/]")
@@ -207,15 +248,16 @@ def study(
     ] = [],  # noqa: B006
 ):
     """Lookup beside dense on every described machine and on chips that are not built yet: lines, plots, report."""
+    require("lab", "lookupffn hardware study")
     from lookupffn.lab.hardware import study as run
     from lookupffn.lab.hardware.described import describe, descriptions
     from lookupffn.lab.report.study import write_study
 
     console, folder = Console(soft_wrap=True), Path(output_dir)
-    given = [record for file in lines for record in _read_lines(file)]
+    given = [record for file in lines for record in read_lines(file)]
     described = descriptions()
     found = {name: describe(d) for name, d in described.items()}
-    measured = {"here" if name == "here" else Path(name).stem: _machine(name, console) for name in machine}
+    measured = {"here" if name == "here" else Path(name).stem: machine_of(name, console) for name in machine}
     with console.status("predicting"):
         records = list(run.study(measured | found))
     names = {name: f"{m.name}, measured" for name, m in measured.items()}
@@ -228,10 +270,7 @@ def study(
             table.add_row(r["feature"], *(f"{r[n]:.2f}" for n in ("times_faster", "least", "most")), r["most_on"])
     console.print(table)
     path = write_lines(records, folder / "study.jsonl")
-    try:
-        page = write_study(records + given, folder, names, "lookupffn hardware study")
-    except ImportError as error:
-        raise _refused(str(error)) from None
+    page = write_study(records + given, folder, names, "lookupffn hardware study")
     console.print(f"the lines are in [bold]{path}[/], the report in [bold]{page}[/]")
 
 
@@ -251,16 +290,16 @@ def advise(
     from lookupffn.lab.hardware import advice
 
     inner, console = intermediate_size or 4 * hidden_size, Console(soft_wrap=True)
-    _positive(hidden_size=hidden_size, intermediate_size=inner, layers=layers, memory=memory, fewer=fewer)
-    _positive(tokens=min(tokens), threads=threads)
-    _known_dtypes(dtype)
-    m = _machine(machine, console)
+    check_positive(hidden_size=hidden_size, intermediate_size=inner, layers=layers, memory=memory, fewer=fewer)
+    check_positive(tokens=min(tokens), threads=threads)
+    check_dtypes(dtype)
+    m = machine_of(machine, console)
     try:
         found = advice.advise(
             hidden_size, inner, layers, memory * 2**20, m, fewer=fewer, dtypes=dtype, tokens=tokens, threads=threads
         )
     except ValueError as error:
-        raise _refused(str(error)) from None
+        raise InputError(str(error)) from None
     table = Table(title=f"{layers} layers of width {hidden_size}, dense FFN {inner}, on {m.name}", box=box.SIMPLE)
     for heading in ("tables", "bits", "reads", "type", "MiB", "dense / it", *(f"{n:,} tok." for n in tokens)):
         table.add_column(heading, justify="left" if heading == "type" else "right")
@@ -291,88 +330,3 @@ def advise(
             f"the fastest dense engine here, {engine}, takes {measured[engine] / 1e3:.2f} µs: "
             f"[bold]{measured[engine] / lookup:.1f} times[/] as long"
         )
-
-
-# ---- Input -----------------------------------------------------------------------------------------------------------
-
-
-def _refused(message: str) -> Exception:
-    from lookupffn.errors import InputError
-
-    return InputError(message)
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise _refused(f"{name} must be positive, not {value}")
-
-
-def _read_lines(file: str) -> list[dict]:
-    try:
-        found = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise _refused(f"{file} holds no JSON lines: {error}") from None
-    if not all(isinstance(record, dict) and "what" in record for record in found):
-        raise _refused(f"{file}: each line must be a record with `what` it is")
-    return found
-
-
-def _known_dtypes(names: Sequence[str]) -> None:
-    from lookupffn.lab.hardware.work import PROJECTION_DTYPES
-
-    for name in names:
-        if name not in PROJECTION_DTYPES:
-            raise _refused(f"dtype {name!r} is none of {', '.join(PROJECTION_DTYPES)}")
-
-
-def _config(width: int, num_tables: int, code_bits: int, reads: int, block_size: int) -> LookupConfig:
-    from lookupffn.layer import LookupConfig
-
-    try:
-        return LookupConfig(width, width, num_tables, code_bits, reads=reads, block_size=block_size)
-    except ValueError as error:
-        raise _refused(str(error)) from None
-
-
-def _cache(text: str) -> tuple[int, int]:
-    size, slash, ways = text.partition("/")
-    if not (slash and size.isdigit() and ways.isdigit()):
-        raise _refused(f"--caches takes KiB/ways, as 32/8, not {text!r}")
-    return int(size) * 2**10, int(ways)
-
-
-def _machine(name: str, console: Console) -> Machine:
-    """This machine probed, a described one, or one that was probed before."""
-    from lookupffn.lab.hardware.described import describe, descriptions
-    from lookupffn.lab.hardware.model import Machine
-
-    if name == "here":
-        with console.status("probing") as status:
-            return Machine.from_probe(_probed(lambda what: status.update(f"probing: {what}")))
-    known = descriptions()
-    if name in known:
-        return describe(known[name])
-    try:
-        return Machine.from_probe(json.loads(Path(name).read_text(encoding="utf-8")))
-    except OSError:
-        raise _refused(f"machine {name!r} is neither `here`, nor a file, nor one of {', '.join(known)}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _refused(f"{name} is no record of `lookupffn hardware probe`: {error!r}") from None
-
-
-def _probed(progress, **options) -> dict:
-    from lookupffn.lab.hardware.probe import probe
-
-    try:
-        return probe(progress, **options)
-    except RuntimeError as error:
-        raise _refused(str(error)) from None
-
-
-def write_lines(records: Sequence[dict], file: str | Path) -> Path:
-    """One JSON object a line."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import yaml
 
+from lookupffn.lab.hardware.case import LINE
 from lookupffn.lab.hardware.model import EXP_OPERATIONS, Machine
-from lookupffn.lab.hardware.work import LANES, LINE, PATTERNS
+from lookupffn.lab.hardware.work import PATTERNS
+from lookupffn.runtime.format import LANES
 
 CPUS = Path(__file__).parent / "cpus"
 DIVIDE_RATE = 1 / 8  # divisions for a multiplication, where a description does not say: a handful in each hash
@@ -29,8 +31,8 @@ def describe(description: dict) -> Machine:
     """The machine that published figures describe (``cpus/*.yaml``); nothing of it was measured here.
 
     Rates are ports times clock, for instructions of ``vector_bytes``. A working set that is read round after round
-    comes from the first cache that holds all of it; where places are drawn, as much of it comes from each cache as fits
-    into it and not into those before. A line from there takes
+    comes from the first cache that holds all of it; by random access with repeats, as much of it comes from each cache
+    as fits into it and not into those before. A line from there takes
     ``max(64 bytes / bandwidth, latency / lines in flight)`` at random places and ``64 bytes / bandwidth`` in order.
     """
     d, clock, width = description, description["clock_ghz"], description["vector_bytes"]
@@ -64,7 +66,7 @@ def describe(description: dict) -> Machine:
 
 
 def _described_memory(d: dict, threads: int) -> dict[str, list[tuple[float, float]]]:
-    """``(bytes of each thread, ns a line of all threads)`` by pattern; longer runs and asking early gain nothing."""
+    """``(bytes of each thread, ns a line of all threads)`` by pattern; longer runs and prefetching gain nothing."""
     levels = []  # (bytes that a thread has of it, (ns a line in order, at random places))
     for cache in d["caches"]:
         sharing = min(threads, cache["shared_by"])
@@ -83,8 +85,8 @@ def _described_memory(d: dict, threads: int) -> dict[str, list[tuple[float, floa
         holds = next(number for number, (capacity, _) in enumerate(levels) if size <= capacity)
         for pattern, curve in curves.items():
             times = [stream if pattern == "stream" else line for _, (stream, line) in levels]
-            drawn = sum(share * ns for share, ns in zip(shares, times, strict=True))
-            curve.append((size, drawn if pattern.startswith("draws") else times[holds]))
+            expected = sum(share * ns for share, ns in zip(shares, times, strict=True))
+            curve.append((size, expected if pattern.startswith("draws") else times[holds]))
     return curves
 
 

@@ -6,7 +6,7 @@
 
 The stream has every line that the loop turns to, reads and writes alike: codes, scores, rows, sums, outputs; not the
 stack. Caches are as cachegrind has them, and ``benchmarks/cachegrind.py`` compares them: no hardware prefetcher, no
-other rule than least recently used, and sets found from these addresses, where L2 and L3 go by physical ones. Letters
+other rule than LRU, and sets found from these addresses, where L2 and L3 go by physical ones. Letters
 are those of docs/math.md.
 """
 
@@ -22,6 +22,7 @@ import torch
 
 from lookupffn import native
 from lookupffn.errors import check
+from lookupffn.lab.hardware.library import operators
 from lookupffn.runtime.format import slice_width
 
 LINE = 64  # bytes
@@ -45,8 +46,8 @@ def skewed_codes(
     """Codes ``(tokens, T, N)`` whose nearest rows have ``entropy`` bits a table: ``code_bits`` would be uniform.
 
     Every bit takes the rarer of its values with the same probability ``p``, ``tau H(p) = entropy``, whatever the others
-    are; which value that is is drawn for each table. Each other read has one more bit flipped, any of them, as
-    ``reference.nearest_cells`` has it. ``HashMonitor`` gives a trained layer's entropy, as a share of ``code_bits``.
+    are; which value that is is random for each table. Each other read has one more bit flipped, any of them, as
+    ``reference.nearest_buckets`` has it. ``HashMonitor`` gives a trained layer's entropy, as a share of ``code_bits``.
     Left out: in a text the rows of neighbouring tokens are more alike than those of any two tokens.
     """
     most = min(4, code_bits + 1)
@@ -88,14 +89,15 @@ def code_entropy(codes: np.ndarray, table_rows: int) -> np.ndarray:
 class Gather:
     """``y[b] = bias + sum_t sum_n score[b, t, n] tables[t, code[b, t, n]]``, float32, as one of three loops has it.
 
-    order: ``"sliced"`` is csrc/engine.cpp on one thread: a chunk of tokens at a time, of it a slice of the outputs, of
-        it the tables of a pass, then token by token. Codes are uint16, scores uint8 for int8 rows and else float32.
-        ``"token"`` takes whole rows, token by token, ``"table"`` table by table over all tokens, as the authors' code
-        does. Both add each row to the output in memory; codes are int32, scores float32, ``tables (T, K, E)``.
+    order: ``"sliced"`` is csrc/model/lookup.cpp on one thread: a chunk of tokens at a time, of it a slice of the
+        outputs, of it a block of tables, then token by token. Codes are uint16, scores uint8 for int8 rows and else
+        float32. ``"token"`` takes whole rows, token by token, ``"table"`` table by table over all tokens, as the
+        authors' code does. Both add each row to the output in memory; codes are int32, scores float32,
+        ``tables (T, K, E)``.
     table_rows: ``K``. out_features: ``E``. dtype: of rows, ``"int8"``, ``"bfloat16"`` or ``"float32"``.
-    slice, groups_per_block (of 16 tables), ahead, chunk: of ``"sliced"`` alone. Without ``slice`` it is that of packed
-        layers. Rows are asked for ``ahead`` tokens before they are used, an access like any other; the engine's is
-        ``prefetch_rows / (16 reads groups_per_block)`` rounded up, less than all tokens.
+    slice, groups_per_block (of 16 tables), prefetch_tokens, chunk: of ``"sliced"`` alone. Without ``slice`` it is that
+        of packed layers. Rows are prefetched ``prefetch_tokens`` tokens before they are used, an access like any other;
+        the engine's is ``prefetch_distance / (16 reads groups_per_block)`` rounded up, less than all tokens.
     """
 
     num_tables: int
@@ -106,7 +108,7 @@ class Gather:
     order: str = "sliced"
     slice: int | None = None
     groups_per_block: int = 1 << 20
-    ahead: int = 0
+    prefetch_tokens: int = 0
     chunk: int = 2048
 
     def __post_init__(self):
@@ -114,7 +116,7 @@ class Gather:
         check(self.dtype in ITEM_BYTES, "dtype", self.dtype, f"one of {', '.join(ITEM_BYTES)}")
         for name in ("num_tables", "table_rows", "out_features", "reads", "groups_per_block", "chunk"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        check(self.ahead >= 0, "ahead", self.ahead, "at least 0")
+        check(self.prefetch_tokens >= 0, "prefetch_tokens", self.prefetch_tokens, "at least 0")
         if self.slice is None:
             object.__setattr__(self, "slice", slice_width(self.out_features))
         check(self.slice in (64, 128), "slice", self.slice, "64 or 128")
@@ -144,7 +146,7 @@ class Gather:
         return rows | {
             "codes": chunk * self.slots * 2,
             "scores": scores,
-            "steps": chunk * 4,
+            "score_scales": chunk * 4,
             "sums": chunk * self.slice * 4,
         }
 
@@ -237,18 +239,18 @@ def _table_by_table(g: Gather, codes: np.ndarray, address: Mapping[str, int]) ->
 
 
 def _sliced(g: Gather, codes: np.ndarray, address: Mapping[str, int]) -> Iterator[np.ndarray]:
-    """csrc/engine.cpp, phase 2 on one thread."""
+    """csrc/model/lookup.cpp, ``gather`` on one thread."""
     for start in range(0, len(codes), g.chunk):
         end = min(start + g.chunk, len(codes))
         for slice_ in range(g.width // g.slice):
             for first in range(0, g.groups, g.groups_per_block):
-                call = _Pass(g, codes, address, start, end, slice_, first, min(first + g.groups_per_block, g.groups))
+                call = _Block(g, codes, address, start, end, slice_, first, min(first + g.groups_per_block, g.groups))
                 for token in _token_parts(start, end, 2 * call.table.size * len(call.row_lines)):
                     yield _side_by_side(*call.before(token), call.steps(token), *call.after(token))
 
 
-class _Pass:
-    """One call of gather_i8 or gather_float (csrc/gather-inl.h): tokens [start, end) of a chunk, a slice, some groups.
+class _Block:
+    """One call of ``gather`` (csrc/kernels/gather-inl.h): tokens [start, end) of a chunk, a slice, a block of groups.
 
     A step of the inner loop is four tables of int8 rows, or one of others. ``table``, ``read`` and the code's place
     ``slot`` are ``(steps, tables a step)``; where a last step has fewer tables (``exists``) it repeats its first table.
@@ -296,11 +298,11 @@ class _Pass:
             rows = _side_by_side(rows, score[..., None])
         else:
             parts.append(score)
-        if self.g.ahead:
-            later = np.where(token + self.g.ahead < self.end, token + self.g.ahead, token)
-            asked = (self._rows(later)[..., None] + self.row_lines).reshape(shape)
-            asked = _side_by_side(self._place("codes", later, 2), asked)
-            parts.append(np.where(self.exists.all(1)[:, None], asked, -1))
+        if ahead := self.g.prefetch_tokens:
+            later = np.where(token + ahead < self.end, token + ahead, token)
+            prefetched = (self._rows(later)[..., None] + self.row_lines).reshape(shape)
+            prefetched = _side_by_side(self._place("codes", later, 2), prefetched)
+            parts.append(np.where(self.exists.all(1)[:, None], prefetched, -1))
         return _side_by_side(*parts, rows.reshape(shape)).reshape(len(token), -1)
 
     def _sums(self, token: np.ndarray) -> list[np.ndarray]:
@@ -314,13 +316,10 @@ class _Pass:
         if not self.ends:
             return self._sums(token)
         left = min(self.g.slice, self.g.out_features - self.first_output)
-        step = [_lines(self.address["steps"] + 4 * (token - self.start), 4)] if self.g.dtype == "int8" else []
+        scale = [_lines(self.address["score_scales"] + 4 * (token - self.start), 4)] if self.g.dtype == "int8" else []
         bias = _lines(np.array([self.address["bias"] + 4 * self.first_output]), 4 * self.g.slice)
-        return [
-            *step,
-            bias,
-            _lines(self.address["y"] + 4 * (token * self.g.out_features + self.first_output), 4 * left),
-        ]
+        y = _lines(self.address["y"] + 4 * (token * self.g.out_features + self.first_output), 4 * left)
+        return [*scale, bias, y]
 
 
 # ---- Caches ----------------------------------------------------------------------------------------------------------
@@ -328,7 +327,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class Cache:
-    """One level: ``bytes`` in sets of ``ways`` lines, of which the least recently used is replaced."""
+    """One level: ``bytes`` in sets of ``ways`` lines, LRU."""
 
     bytes: int
     ways: int
@@ -366,11 +365,11 @@ class CacheSimulator:
         """
         lines = np.ravel(lines).astype(np.int64) // (self.levels[0].line // LINE)
         check(lines.min(initial=0) >= 0, "lines", lines, "not negative")
-        if not native.available():
+        if native.load("lab"):
             return self._access(lines.tolist())
         sizes = np.array([[level.sets, level.ways] for level in self.levels]).T
         arrays = (torch.from_numpy(np.ascontiguousarray(a)) for a in (lines, *sizes, self.contents))
-        return torch.ops.lookupffn.simulate_caches(*arrays).numpy()
+        return operators().simulate_caches(*arrays).numpy()
 
     def _access(self, lines: list[int]) -> np.ndarray:
         """The same without the compiled kernels."""

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from lookupffn import machine
+from lookupffn.lab.hardware.case import LINE
+from lookupffn.lab.hardware.library import operators
 from lookupffn.lab.hardware.rounds import best_round, rounds_of
-from lookupffn.lab.hardware.work import LINE, RUNS
+from lookupffn.lab.hardware.work import RUNS
 from lookupffn.memory import HUGE_PAGE, aligned_bytes
 
 ROUND_SECONDS = 0.002  # there are many sizes
-AHEAD = 128  # lines that are asked for before they are read
+PREFETCH_DISTANCE = 128  # lines
 PIECE = 2**19  # lines that are read in one go: a round goes on where the last one ended
-MOST_DRAWS = 2**20
+MOST_PLACES = 2**20  # of random access with repeats
 
 
 def memory_sizes(caches: list[dict]) -> list[int]:
@@ -37,36 +39,37 @@ def memory_sizes(caches: list[dict]) -> list[int]:
 def probe_memory(size: int, threads: int, spread: dict) -> dict:
     """What memory of ``size`` bytes a thread gives, on huge pages where the system has them.
 
-    ``latency_ns`` of a load that waits for the one before it; ``runs_of_1_ns`` a line of 64 bytes at random places that
-    are known beforehand, each once before any comes again, ``runs_of_2_ns``, ``4``, ``8`` where so many neighbours are
-    read in a row, as the slices of rows are (a prefetcher of the processor's may fetch beyond their end);
-    ``draws_of_1_ns`` and so on where each place is drawn without regard to the others. All these whichever is faster:
-    just read, or asked for ``AHEAD`` lines before, as the engine may; ``runs_of_1_read_ns`` and so on are just read.
-    ``stream_ns`` a line in order. With several threads a line of all of them together, and each reads ``size`` bytes of
-    its own.
+    ``latency_ns`` of a load whose address is the result of the one before it; ``runs_of_1_ns`` a line of 64 bytes by
+    random access to places that are known beforehand, each once before any comes again, ``runs_of_2_ns``, ``4``, ``8``
+    where so many neighbours are read in a row, as the slices of rows are (a prefetcher of the processor's may fetch
+    beyond their end); ``draws_of_1_ns`` and so on by random access with repeats, each place chosen without regard to
+    the others. All these whichever is faster, demand loads or prefetched ``PREFETCH_DISTANCE`` lines before, as the
+    engine may; ``runs_of_1_read_ns`` and so on are demand loads. ``stream_ns`` a line in order. With several threads a
+    line of all of them together, and each reads ``size`` bytes of its own.
     """
     memory = _lines_in_a_ring(size, 0) if threads == 1 else aligned_bytes(size * threads).fill_(1)
     orders = {f"runs_of_{run}": _runs(shuffled(size // LINE // run), run) for run in RUNS}
-    orders |= {f"draws_of_{run}": _runs(_drawn(size // LINE // run), run) for run in RUNS}
+    orders |= {f"draws_of_{run}": _runs(_with_repeats(size // LINE // run), run) for run in RUNS}
+    lab = operators()
 
-    def read(order, ahead):
+    def read(order, distance):
         pieces = order.split(PIECE)
         turns = itertools.cycle(pieces)
 
         def work(times):
             if len(pieces) == 1:
-                torch.ops.lookupffn.read_lines(memory, order, times, threads, ahead)
+                lab.read_lines(memory, order, times, threads, distance)
                 return len(order) * times * threads
             done = 0
             for piece in itertools.islice(turns, times):
-                torch.ops.lookupffn.read_lines(memory, piece, 1, threads, ahead)
+                lab.read_lines(memory, piece, 1, threads, distance)
                 done += len(piece) * threads
             return done
 
         return rounds_of(work, ROUND_SECONDS)
 
     def stream(times):
-        torch.ops.lookupffn.read_stream(memory, times, threads)
+        lab.read_stream(memory, times, threads)
         return size // LINE * times * threads
 
     label = f"{size:,} bytes, {threads} thread(s)"
@@ -76,8 +79,10 @@ def probe_memory(size: int, threads: int, spread: dict) -> dict:
 
     record = {"bytes": size, "stream_ns": best(rounds_of(stream, ROUND_SECONDS), "stream")}
     for pattern, order in orders.items():
-        read_ns, asked_ns = (best(read(order, ahead), f"{pattern}, {ahead} ahead") for ahead in (0, AHEAD))
-        record |= {f"{pattern}_ns": min(read_ns, asked_ns), f"{pattern}_read_ns": read_ns}
+        demand_ns, prefetched_ns = (
+            best(read(order, distance), f"{pattern}, {distance} ahead") for distance in (0, PREFETCH_DISTANCE)
+        )
+        record |= {f"{pattern}_ns": min(demand_ns, prefetched_ns), f"{pattern}_read_ns": demand_ns}
     if threads == 1:
         record["latency_ns"] = best(_chasing(memory, orders["runs_of_1"]), "latency")
     return record
@@ -88,10 +93,10 @@ def _runs(places: np.ndarray, run: int) -> Tensor:
     return torch.from_numpy((run * places[:, None] + np.arange(run, dtype=np.int32)).reshape(-1))
 
 
-def _drawn(count: int) -> np.ndarray:
-    """0 to ``count - 1`` drawn at random, often enough that nearly all of them come."""
-    draws = min(4 * count, max(count, MOST_DRAWS))
-    return np.random.default_rng(0).integers(count, size=draws, dtype=np.int32)
+def _with_repeats(count: int) -> np.ndarray:
+    """Random numbers of 0 to ``count - 1``, so many that nearly all of them come."""
+    places = min(4 * count, max(count, MOST_PLACES))
+    return np.random.default_rng(0).integers(count, size=places, dtype=np.int32)
 
 
 def shuffled(count: int) -> np.ndarray:
@@ -110,15 +115,15 @@ def _chasing(memory: Tensor, lines: Tensor) -> Callable[[], float]:
     A cache that is shared with others forgets within milliseconds what is not read again, and dependent loads take that
     long to come around: without the reading the latency would be that of the next level.
     """
-    place, steps = 0, 2**13
+    place, steps, lab = 0, 2**13, operators()
 
     def run() -> float:
         nonlocal place
         seconds = 0.0
         for _ in range(4):
-            torch.ops.lookupffn.read_lines(memory, lines, 1)
+            lab.read_lines(memory, lines, 1)
             start = time.perf_counter()
-            place = torch.ops.lookupffn.chase(memory, place, steps)
+            place = lab.chase(memory, place, steps)
             seconds += time.perf_counter() - start
         return 4 * steps / seconds / 1e9
 

@@ -1,10 +1,10 @@
-"""The time of a layer on a described machine: what each loop executes and reads, over what the machine gives.
+"""The roofline of a layer on a machine: what each loop executes and reads, over what the machine gives.
 
 A loop takes as long as the resource of a core that it keeps busy longest: multipliers, adders, shuffles, all vector
 pipes, loads, stores, or the issue of operations at all; and, beside what its loads cost from L1, as long as its lines
 take from where they lie:
 
-    time = slack max_r sum_i operations_i / rate_i[r] + sum_j lines_j (ns(bytes_j) - ns(L1))
+    time = calibration max_r sum_i operations_i / rate_i[r] + sum_j lines_j (ns(bytes_j) - ns(L1))
 
 The rates and the lines' times are the probe's, or follow from a processor's published figures (``described.py``).
 """
@@ -17,8 +17,10 @@ from collections import Counter
 
 import numpy as np
 
+from lookupffn.lab.hardware.case import LINE, REFERENCE, REFERENCE_TOKENS, Case
+from lookupffn.lab.hardware.counting import count
 from lookupffn.lab.hardware.training_work import REFERENCE_STEP, Step, products, training_loops
-from lookupffn.lab.hardware.work import CHUNK, LINE, PATTERNS, REFERENCE, REFERENCE_TOKENS, Case, Loop, Traffic, loops
+from lookupffn.lab.hardware.work import PATTERNS, Loop, Traffic, loops
 from lookupffn.runtime.tuning import block_sizes
 
 # Which operations a resource of a core serves. `rows` stands for 8 shuffles and 4 dot products.
@@ -46,9 +48,11 @@ class Machine:
 
     ``memory`` and ``memory_all`` hold ``(bytes, ns a line)`` by pattern (``work.PATTERNS``); the second with all
     ``threads`` at work, a line of all of them together; ``rates_all`` are the rates of a core then, where they differ.
-    ``rows_operations`` vector instructions interleave and multiply four rows of 64 bytes; a core that ``gathers`` has
-    an instruction that finds a row by its code and adds it, without the scalar operations of an address. ``calls`` has
-    ``(bytes, ns)``: what a call that does nothing takes after so many bytes were read since the last one.
+    ``calibration`` has the factor of each stage, measured over roofline time on one small layer, by dtype;
+    ``calibration_all`` that of a call on all threads, by dtype. ``rows_operations`` vector instructions interleave and
+    multiply four rows of 64 bytes; a core that ``gathers`` has an instruction that finds a row by its code and adds it,
+    without the scalar operations of an address. ``calls`` has ``(bytes, ns)``: what a call that does nothing takes
+    after so many bytes were read since the last one.
     """
 
     name: str
@@ -60,8 +64,8 @@ class Machine:
     rows_operations: int = 12
     gathers: bool = False
     rates_all: dict[str, float] = dataclasses.field(default_factory=dict)
-    slack: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    together: dict[str, float] = dataclasses.field(default_factory=dict)
+    calibration: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    calibration_all: dict[str, float] = dataclasses.field(default_factory=dict)
     calls: list[tuple[float, float]] = dataclasses.field(default_factory=lambda: [(0.0, 0.0)])
     module_ns: float = 0.0
     parallel_ns: float = 0.0
@@ -79,28 +83,28 @@ class Machine:
         memory = curves(record["memory"])
         everyone = curves(record["memory_all"]) if record.get("memory_all") else memory
         bare = cls(record["machine"]["cpu"], threads, width, rates, memory, everyone, rates_all=rates_all)
-        slack, case = {}, Case(REFERENCE, tokens=REFERENCE_TOKENS)
+        factors, case = {}, Case(REFERENCE, tokens=REFERENCE_TOKENS)
         for dtype, measured in record["engine"].items():
             stages = predict(dataclasses.replace(case, dtype=dtype), bare).stages
-            slack[dtype] = {stage: _slack(measured[stage], found) for stage, found in stages.items()}
+            factors[dtype] = {stage: _calibration(measured[stage], found) for stage, found in stages.items()}
         measured = record["training"]
-        slack["training"] = {
-            stage: _slack(measured[stage], [bound(loop, bare) for loop in of_stage])
+        factors["training"] = {
+            stage: _calibration(measured[stage], [bound(loop, bare) for loop in of_stage])
             for stage, of_stage in training_loops(REFERENCE_STEP).items()
         }
-        slack["training"] |= {
+        factors["training"] |= {
             stage: max(1.0, measured[stage] / ns) for stage, ns in _products_ns(REFERENCE_STEP, bare).items()
         }
         calls = [(row["bytes"], row["ns"]) for row in record["calls"]]
         overheads = {name: record[name] for name in ("module_ns", "parallel_ns")}
-        alone = dataclasses.replace(bare, slack=slack, calls=calls, **overheads)
-        together = {}
+        alone = dataclasses.replace(bare, calibration=factors, calls=calls, **overheads)
+        of_all = {}
         for dtype, measured in record["engine"].items():
             if "all" in measured:
                 found = predict(dataclasses.replace(case, dtype=dtype, threads=threads), alone)
                 bounds = [b for of_stage in found.stages.values() for b in of_stage]
-                together[dtype] = _slack(measured["all"] - found.overhead_ns, bounds)
-        return dataclasses.replace(alone, together=together)
+                of_all[dtype] = _calibration(measured["all"] - found.overhead_ns, bounds)
+        return dataclasses.replace(alone, calibration_all=of_all)
 
     def operations_ns(self, operations: Counter, threads: int = 1) -> dict[str, float]:
         """Nanoseconds that each resource of a core is busy with these operations, ``threads`` cores being at work."""
@@ -153,29 +157,30 @@ def _rates(
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A loop's predicted time a token, in nanoseconds, and what it waits for."""
+    """A loop's predicted time a token, in nanoseconds, and what it is bound by: a resource of a core, or "memory"."""
 
     loop: str
     ns: float
-    limit: str
+    bound_by: str
     busy: dict[str, float]
 
 
-def bound(loop: Loop, machine: Machine, threads: int = 1, slack: float = 1.0) -> Bound:
-    """The time of one loop: the busiest resource or the lines, whichever takes longer."""
+def bound(loop: Loop, machine: Machine, threads: int = 1, calibration: float = 1.0) -> Bound:
+    """The time of one loop: of its busiest resource, times the calibration factor, and of its lines."""
     busy = {name: ns / threads for name, ns in machine.operations_ns(loop.operations, threads).items()}
-    limit = max(busy, key=busy.get)
+    busiest = max(busy, key=busy.get)
     far = 0.0
     for t in loop.traffic:
         near = dataclasses.replace(t, bytes=NEAR_BYTES)
         far += t.lines * max(0.0, machine.line_ns(t, threads) - machine.line_ns(near, threads))
     busy["memory"] = far
-    total = max(slack * busy[limit], far) if loop.asks else slack * busy[limit] + far
-    return Bound(loop.name, total, "memory" if far > busy[limit] else limit, busy)
+    executed = calibration * busy[busiest]
+    total = max(executed, far) if loop.only_prefetches else executed + far
+    return Bound(loop.name, total, "memory" if far > busy[busiest] else busiest, busy)
 
 
-def _slack(measured_ns: float, bounds: list[Bound]) -> float:
-    """What was measured of some loops over their bound, without what their lines take; no loop beats its bound."""
+def _calibration(measured_ns: float, bounds: list[Bound]) -> float:
+    """What was measured of some loops over their roofline, without what their lines take; at least 1."""
     far = sum(b.busy["memory"] for b in bounds)
     return max(1.0, (measured_ns - far) / (sum(b.ns for b in bounds) - far))
 
@@ -195,17 +200,21 @@ class Prediction:
 def predict(case: Case, machine: Machine) -> Prediction:
     """The predicted time of a token of ``case`` on ``machine``.
 
-    A machine's ``slack`` is by how much the engine's own loops missed their bound on one small layer, by dtype and
-    stage: dependent operations, branches and addresses, which the bound does not know. Every loop's busy time is
-    multiplied by it, and on several threads by ``together``, by how much that layer's call on all threads missed what
-    follows: a thread that wakes late, or that another tenant slows down, keeps all waiting.
+    A machine's calibration factors are measured over roofline time of the engine's own loops on one small layer, by
+    dtype and stage: dependent operations, branches and addresses, which the roofline does not know. Every loop's busy
+    time is multiplied by its factor, and on several threads by that of all threads too: a thread that wakes late, or
+    that another tenant slows down, stalls all.
+
+    Raises:
+        InputError: the operations of ``case`` are not known and cannot be counted.
     """
-    threads = case.shares
-    slack, found = machine.slack.get(case.dtype, {}), {}
-    together = machine.together.get(case.dtype, 1.0) if threads > 1 else 1.0
+    plan = count(case).plan
+    threads = plan.threads
+    calibration, found = machine.calibration.get(case.dtype, {}), {}
+    of_all = machine.calibration_all.get(case.dtype, 1.0) if threads > 1 else 1.0
     for stage, of_stage in loops(case).items():
-        found[stage] = [bound(loop, machine, threads, slack.get(stage, 1.0) * together) for loop in of_stage]
-    regions = 2 * math.ceil(case.tokens / CHUNK) if threads > 1 else 0
+        found[stage] = [bound(loop, machine, threads, calibration.get(stage, 1.0) * of_all) for loop in of_stage]
+    regions = 2 * math.ceil(case.tokens / plan.chunk) if threads > 1 else 0
     call_ns = float(np.interp(case.weight_bytes + case.read_bytes, *zip(*machine.calls, strict=True)))
     return Prediction(found, (call_ns + regions * machine.parallel_ns) / case.tokens)
 
@@ -214,12 +223,13 @@ def predict_training(step: Step, machine: Machine) -> dict[str, float]:
     """Nanoseconds a token of each stage of a training step, on one thread, forward and backward.
 
     Hash and gather are their loops, as in :func:`predict`; the projection is PyTorch's products at the rates that the
-    probe found for a large one and for small blocks. What a stage of one small layer took beyond its bound is slack.
+    probe found for a large one and for small blocks. Each stage has its calibration factor, from one small layer.
     """
-    slack, found = machine.slack.get("training", {}), {}
+    calibration, found = machine.calibration.get("training", {}), {}
     for stage, of_stage in training_loops(step).items():
-        found[stage] = sum(bound(loop, machine, slack=slack.get(stage, 1.0)).ns for loop in of_stage)
-    return found | {stage: slack.get(stage, 1.0) * ns for stage, ns in _products_ns(step, machine).items()}
+        factor = calibration.get(stage, 1.0)
+        found[stage] = sum(bound(loop, machine, calibration=factor).ns for loop in of_stage)
+    return found | {stage: calibration.get(stage, 1.0) * ns for stage, ns in _products_ns(step, machine).items()}
 
 
 def _products_ns(step: Step, machine: Machine) -> dict[str, float]:
@@ -232,7 +242,7 @@ def _products_ns(step: Step, machine: Machine) -> dict[str, float]:
 
 
 def tuned(case: Case, machine: Machine) -> Case:
-    """The case with the number of passes that is predicted to be the fastest, as ``timed_tiling`` would time it."""
+    """The case with the tables per block that are predicted to be the fastest, as ``timed_tiling`` would time it."""
     tilings = (
         dataclasses.replace(case.tiling, groups_per_block=groups) for groups in block_sizes(case.config.num_tables)
     )
@@ -248,7 +258,7 @@ def dense_ns(
     threads: int = 1,
     layers: int = 1,
 ) -> float:
-    """The least time of a token in a dense FFN, in nanoseconds: its products at the machine's peak, or its weights.
+    """The roofline of a dense FFN, nanoseconds a token: its products at the machine's peak, or its weights' lines.
 
     ``dtype`` is "float32", "bfloat16" or "int8"; infinity where the machine has no such product. The peak is that of
     the vector instructions or of a unit for products; the probe times no bfloat16 instruction, and PyTorch's large

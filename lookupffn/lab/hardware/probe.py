@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 
 from lookupffn import machine, native
-from lookupffn.lab.hardware.memory import AHEAD, memory_sizes, probe_memory, probe_pages, shuffled
+from lookupffn.errors import InputError
+from lookupffn.lab.hardware.case import LINE, PROJECTION_DTYPES, REFERENCE, REFERENCE_TOKENS
+from lookupffn.lab.hardware.library import operators
+from lookupffn.lab.hardware.memory import PREFETCH_DISTANCE, memory_sizes, probe_memory, probe_pages, shuffled
 from lookupffn.lab.hardware.rounds import ROUNDS, best_round, rounds_of
 from lookupffn.lab.hardware.training_work import REFERENCE_STEP, Step
-from lookupffn.lab.hardware.work import LINE, PROJECTION_DTYPES, REFERENCE, REFERENCE_TOKENS
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.memory import aligned_bytes
 from lookupffn.runtime.format import encode
 from lookupffn.runtime.packed import pack
 from lookupffn.runtime.tuning import Tiling
 
-# In the order of csrc/kernels.h. Each is one operation on sixteen float32 or 64 bytes, but for `rows` (four rows of 64
-# bytes interleaved and multiplied), `transpose` (16 x 16), `exp` (the hash's), and the scalar ones behind `store`.
+# In the order of csrc/lab/probe.h. Each is one operation on sixteen float32 or 64 bytes, but for `rows` (four rows of
+# 64 bytes interleaved and multiplied), `transpose` (16 x 16), `exp` (the hash's), and the scalar ones behind `store`.
 INSTRUCTIONS = (
     *("add", "multiply", "fma", "divide", "convert", "vector", "dot_int8", "dot_int16", "rows", "transpose", "exp"),
     *("load", "store", "prefetch", "word", "scalar", "issue", "cycle", "wide_cycle"),
@@ -54,13 +56,14 @@ def probe(progress: Callable[[str], object] = lambda what: None, passes: int = P
     on all threads), ``training`` (of a training step), ``calls`` (nanoseconds of a call that does nothing, see
     :func:`_calls`), ``module_ns`` (more through a module), ``parallel_ns`` (of a parallel region that does nothing),
     ``matmul_gflops`` (PyTorch's, by dtype, on one thread and on all), ``caches``, ``threads``, ``quota``, ``spread``
-    (best over usual round, less 1, for each), ``not_measured`` (what and why), ``machine``.
+    (best over median round, less 1, for each), ``not_measured`` (what and why), ``machine``.
 
     Raises:
-        RuntimeError: the compiled kernels are absent, whose instructions are to be measured.
+        InputError: the compiled kernels are absent, whose instructions are to be measured, or the lab's library.
     """
     if reason := native.load():
-        raise RuntimeError(f"the probe measures the compiled kernels' own instructions, and there are none: {reason}")
+        raise InputError(f"the probe measures the compiled kernels' own instructions, and there are none: {reason}")
+    operators()
     return best([_once(progress) for _ in range(passes)])
 
 
@@ -109,7 +112,7 @@ def best(records: Sequence[dict]) -> dict:
     return _merged(records, max, min)
 
 
-def usual(records: Sequence[dict]) -> dict:
+def median(records: Sequence[dict]) -> dict:
     """The last of some records of one machine with the median of each figure."""
     return _merged(records, statistics.median, statistics.median)
 
@@ -144,10 +147,10 @@ def _merged(records: Sequence[dict], rate: Callable, time: Callable) -> dict:
 
 def _rates(threads: int, spread: dict) -> dict[str, float]:
     """Operations a nanosecond of each of ``threads`` cores, all at work."""
-    memory = aligned_bytes(4096 * threads).zero_()
+    memory, lab = aligned_bytes(4096 * threads).zero_(), operators()
     rates = {}
     for number, name in enumerate(INSTRUCTIONS):
-        run = rounds_of(lambda rounds, number=number: torch.ops.lookupffn.repeat(number, rounds, memory, threads))
+        run = rounds_of(lambda rounds, number=number: lab.repeat(number, rounds, memory, threads))
         rates[name] = best_round(run, name if threads == 1 else f"{name}, all", spread, threads=threads) / threads
     return rates
 
@@ -169,13 +172,14 @@ def _engine(threads: int, spread: dict) -> dict[str, dict[str, float]]:
             return torch.ops.lookupffn.stage_seconds(next(turns), packed, *sizes)
 
         def whole(packed=packed, turns=turns):
-            torch.ops.lookupffn.packed_forward(next(turns), packed, c.out_features, *sizes, 0, "")
+            torch.ops.lookupffn.packed_forward(next(turns), packed, c.out_features, *sizes, 0)
 
-        of_stages = _usual(stages, f"engine, {dtype}", spread, REFERENCE_TOKENS, CALLS)
+        of_stages = _tenth_percentile(stages, f"engine, {dtype}", spread, REFERENCE_TOKENS, CALLS)
         found[dtype] = dict(zip(("project", "hash", "gather"), of_stages, strict=True))
         if threads > 1:
             name = f"engine, {dtype}, all"
-            (found[dtype]["all"],) = _usual(_timed(whole), name, spread, REFERENCE_TOKENS, CALLS, threads)
+            of_call = _tenth_percentile(_timed(whole), name, spread, REFERENCE_TOKENS, CALLS, threads)
+            (found[dtype]["all"],) = of_call
     return found
 
 
@@ -188,7 +192,7 @@ def _timed(call: Callable[[], object]) -> Callable[[], Tensor]:
     return seconds
 
 
-def _usual(
+def _tenth_percentile(
     seconds: Callable[[], Tensor], name: str, spread: dict, tokens: int, calls: int, threads: int = 1
 ) -> list[float]:
     """Nanoseconds a token, part by part: the tenth percentile of some calls, in the best round."""
@@ -212,7 +216,7 @@ def _training(spread: dict) -> dict[str, float]:
     try:
         for stage, call in calls.items():
             name, size = f"training, {stage}", (REFERENCE_STEP.tokens, TRAINING_CALLS)
-            (found[stage],) = _usual(_timed(call), name, spread, *size)
+            (found[stage],) = _tenth_percentile(_timed(call), name, spread, *size)
     finally:
         torch.set_num_threads(before)
     return found
@@ -239,10 +243,10 @@ def training_stages(step: Step) -> dict[str, Callable[[], object]]:
 def _overheads(threads: int, spread: dict) -> dict:
     layer, x = LookupFFN(LookupConfig(16, 16, num_tables=1, code_bits=1, block_size=16)), torch.zeros(1, 16)
     packed, module, t = encode(layer), pack(layer), Tiling()
-    memory, none = torch.zeros(64 * threads, dtype=torch.uint8), torch.zeros(0, dtype=torch.int32)
+    memory, none, lab = torch.zeros(64 * threads, dtype=torch.uint8), torch.zeros(0, dtype=torch.int32), operators()
 
     def call():
-        torch.ops.lookupffn.packed_forward(x, packed, 16, t.tile_tokens, t.groups_per_block, t.prefetch_distance, 1, "")
+        torch.ops.lookupffn.packed_forward(x, packed, 16, t.tile_tokens, t.groups_per_block, t.prefetch_distance, 1)
 
     def ns(body: Callable[[], object], name: str, threads: int = 1) -> float:
         def work(times):
@@ -252,23 +256,23 @@ def _overheads(threads: int, spread: dict) -> dict:
 
         return 1 / best_round(rounds_of(work), name, spread, threads=threads)
 
-    alone, together = (
-        ns(lambda parts=parts: torch.ops.lookupffn.read_lines(memory, none, 1, parts), f"region of {parts}", parts)
+    one, of_all = (
+        ns(lambda parts=parts: lab.read_lines(memory, none, 1, parts), f"region of {parts}", parts)
         for parts in (1, threads)
     )
     with torch.inference_mode():
         through = ns(lambda: module(x), "call of a module")
     calls = _calls(call, spread)
-    more = {"module_ns": through - calls[0]["ns"], "parallel_ns": together - alone}
+    more = {"module_ns": through - calls[0]["ns"], "parallel_ns": of_all - one}
     return {"calls": calls} | {name: max(0.0, found) for name, found in more.items()}
 
 
 def _calls(call: Callable[[], object], spread: dict) -> list[dict[str, float]]:
     """Nanoseconds of a call after so many bytes were read, new ones each time, as a layer reads weights and rows.
 
-    They push Python's and PyTorch's own code and data out of the caches that are close to the core.
+    They evict Python's and PyTorch's own code and data from the caches that are close to the core.
     """
-    memory, found = aligned_bytes(BETWEEN_CALLS[-1] * 8).fill_(1), []
+    memory, found, lab = aligned_bytes(BETWEEN_CALLS[-1] * 8).fill_(1), [], operators()
     lines = torch.from_numpy(shuffled(len(memory) // LINE))
     for size in BETWEEN_CALLS:
         pieces = itertools.cycle(lines.split(size // LINE) if size else (lines[:0],))
@@ -276,7 +280,7 @@ def _calls(call: Callable[[], object], spread: dict) -> list[dict[str, float]]:
         def run(pieces=pieces):
             seconds = 0.0
             for _ in range(CALLS):
-                torch.ops.lookupffn.read_lines(memory, next(pieces), 1, 1, AHEAD)
+                lab.read_lines(memory, next(pieces), 1, 1, PREFETCH_DISTANCE)
                 start = time.perf_counter()
                 call()
                 seconds += time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Rounds of a measurement: how much work a nanosecond, in the best of them.
 
-Other tenants and a changing clock only ever make a round slower; how far a usual one was from the best is its spread.
+Other tenants and a changing clock only ever make a round slower; how far the median round was from the best is the
+spread of a figure.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The lookup beside dense on every described machine, over sizes that exist and over chips that do not yet.
 
-All times are the model's (``model.py``), of the lookup as of dense at their bounds: a dense time is the least that is
-possible, which no engine reaches.
+All times are rooflines (``model.py``), of the lookup as of dense: the least that is possible, which no engine reaches.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from collections.abc import Iterator
 
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.lab.hardware.advice import BLOCK_SIZE, largest
+from lookupffn.lab.hardware.case import PROJECTION_DTYPES, Case
 from lookupffn.lab.hardware.described import FEATURES, describe, descriptions
 from lookupffn.lab.hardware.model import Machine, dense_ns, predict, tuned
-from lookupffn.lab.hardware.work import PROJECTION_DTYPES, Case
 from lookupffn.layer import LookupConfig
 
 LAYERS = 12
@@ -23,7 +22,7 @@ WIDTH, TOKENS = 768, 512  # where one of them is not varied
 WIDTHS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
 BATCHES = (1, 4, 16, 64, 256, 1024, 4096)
 TABLES = (16, 32, 64, 128, 192, 256, 384)
-READS, FEWER = 3, 6  # of the recipe in docs/quality.md: nearest cells read, times fewer multiply-adds than dense
+READS, FEWER = 3, 6  # of the recipe in docs/quality.md: buckets probed, times fewer multiply-adds than dense
 SWEEPS = {  # of what is not built yet: the figure, its values, and whether they multiply it
     "L2, KiB": ((512, 1024, 2048, 4096, 8192, 16384), False),
     "L3 bandwidth and lines in flight, times": ((0.5, 1, 2, 4), True),
@@ -60,12 +59,12 @@ def _beside_dense(name: str, machine: Machine, over: str, config: LookupConfig, 
     width = config.in_features
     lookup = predict(tuned(Case(config, "int8", tokens, 1, LAYERS), machine), machine)
     dense = {d: dense_ns(width, 4 * width, machine, d, tokens, 1, LAYERS) for d in PROJECTION_DTYPES}
-    of_rows = (b for stage in ("hash", "gather") for b in lookup.stages[stage] if "rows" in b.loop)  # asked for or read
-    reading = max(of_rows, key=lambda b: b.ns)
+    of_rows = (b for stage in ("hash", "gather") for b in lookup.stages[stage] if "rows" in b.loop)
+    reading = max(of_rows, key=lambda b: b.ns)  # prefetching them, or the gather
     return {
         "what": "sweep", "over": over, "machine": name, "hidden_size": width, "num_tables": config.num_tables,
         "code_bits": config.code_bits, "reads": config.reads, "dtype": "int8", "tokens": tokens, "layers": LAYERS,
-        "threads": 1, "lookup_us": lookup.ns / 1e3, "gather_waits_for": reading.limit,
+        "threads": 1, "lookup_us": lookup.ns / 1e3, "gather_waits_for": reading.bound_by,
         "dense_us": {d: ns / 1e3 for d, ns in dense.items() if ns < math.inf},
         "times_faster": min(dense.values()) / lookup.ns,
         "times_faster_than_float32": dense["float32"] / lookup.ns,

@@ -1,10 +1,21 @@
-"""What the hardware study's commands print: the probe's record, and predictions beside measurements."""
+"""What the hardware study's commands print: counts, the probe's record, and predictions beside measurements."""
 
 from __future__ import annotations
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from lookupffn.lab.hardware.counting import Count
+
+
+def print_operations(count: Count, title: str, console: Console) -> None:
+    """What each loop executes for a token, by kind."""
+    table = Table("stage", "loop", "operations", title=title, box=box.SIMPLE)
+    for stage, of_stage in count.stages.items():
+        for loop, operations in of_stage.items():
+            table.add_row(stage, loop, ", ".join(f"{kind} {n:,.6g}" for kind, n in operations.items()))
+    console.print(table)
 
 
 def print_validation(records: list[dict], summaries: list[dict], console: Console) -> None:
@@ -43,7 +54,7 @@ def print_probe(record: dict, console: Console) -> None:
         )
 
     table = Table(title="instructions of one core", box=box.SIMPLE)
-    for heading in ("instruction", "a nanosecond", "all cores at work", "a cycle", "usual below best"):
+    for heading in ("instruction", "a nanosecond", "all cores at work", "a cycle", "median below best"):
         table.add_column(heading, justify="left" if heading == "instruction" else "right")
     for name, rate in record["rates"].items():
         at_work = f"{record['rates_all'][name]:.2f}" if "rates_all" in record else "-"
@@ -73,12 +84,12 @@ def print_probe(record: dict, console: Console) -> None:
     for what, why in record["not_measured"].items():
         console.print(f"[yellow]not measured:[/] {what}: {why}")
     worst = max(record["spread"], key=record["spread"].get)
-    console.print(f"least steady: {worst}, a usual round {100 * record['spread'][worst]:.0f} % from the best")
+    console.print(f"least steady: {worst}, the median round {100 * record['spread'][worst]:.0f} % from the best")
 
 
 def _print_memory(rows: list[dict], title: str, console: Console) -> None:
-    columns = {"latency_ns": "latency", "runs_of_1_read_ns": "just read", "runs_of_1_ns": "asked for"}
-    columns |= {"draws_of_1_ns": "drawn", "draws_of_2_ns": "2", "draws_of_4_ns": "4"}
+    columns = {"latency_ns": "latency", "runs_of_1_read_ns": "demand loads", "runs_of_1_ns": "prefetched"}
+    columns |= {"draws_of_1_ns": "random access", "draws_of_2_ns": "2", "draws_of_4_ns": "4"}
     columns = {key: text for key, text in columns.items() if key in rows[0]}
     columns |= {"stream_ns": "stream", "gbs": "stream, GB/s"}
     table = Table(title=f"memory, {title}: ns a line of 64 bytes", box=box.SIMPLE)

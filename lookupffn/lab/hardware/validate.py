@@ -1,4 +1,4 @@
-"""Predictions beside measurements, for layers drawn at random: how far the model can be trusted on this machine."""
+"""Predictions beside measurements, for randomly sampled layers: how far the model can be trusted on this machine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lookupffn.bench.timing import keep_freed_memory, on_core, some_cores, time_interleaved
+from lookupffn.lab.hardware.case import ITEM_BYTES, Case
 from lookupffn.lab.hardware.model import Machine, predict, predict_training
-from lookupffn.lab.hardware.probe import training_stages, usual
+from lookupffn.lab.hardware.probe import median, training_stages
 from lookupffn.lab.hardware.training_work import Step
-from lookupffn.lab.hardware.work import ITEM_BYTES, Case
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.runtime.format import encode
 from lookupffn.runtime.tuning import timed_tiling
@@ -31,8 +31,8 @@ STAGE_CALLS = 20
 SIZES = ("in_features", "num_tables", "code_bits", "reads", "block_size")
 
 
-def draw_cases(count: int, seed: int, threads: int) -> list[Case]:
-    """``count`` layers and calls drawn from common sizes, types and batches; the same for the same seed."""
+def sample_cases(count: int, seed: int, threads: int) -> list[Case]:
+    """``count`` layers and calls, a random sample of common sizes, types and batches; the same for the same seed."""
     rng, found = random.Random(seed), []
     while len(found) < count:
         width, dtype = rng.choice((128, 192, 256, 320, 384, 512, 640, 768, 1024)), rng.choice(("int8", *ITEM_BYTES))
@@ -67,12 +67,12 @@ def validate(
 
     Other tenants and a changing clock make each core of a machine up to twice as slow, for seconds to minutes. So all
     measurements and ``probe`` take turns for some ``passes``, ``seconds`` for each, and both sides are the medians over
-    the passes, figure by figure, of the best in a pass: predicted is from :func:`usual` of the probes, and
+    the passes, figure by figure, of the best in a pass: predicted is from the :func:`median` of the probes, and
     ``measured_us`` the median of ``passes_us``.
     """
     cases = [tiled(case) for case in cases]
     probes, of_cases, of_steps = measure(cases, steps, probe, passes, seconds, progress)
-    record = usual(probes)
+    record = median(probes)
     machine, records = Machine.from_probe(record), [{"what": "probe", **record}]
     records += (_compare(case, measured, machine) for case, measured in zip(cases, of_cases, strict=True))
     for step, measured in zip(steps, of_steps, strict=True):
@@ -109,8 +109,8 @@ def measure(
     return probes, of_cases, of_steps
 
 
-def draw_steps(count: int, seed: int) -> list[Step]:
-    """``count`` training steps of a layer drawn from common sizes; the same for the same seed."""
+def sample_steps(count: int, seed: int) -> list[Step]:
+    """``count`` training steps of a layer, a random sample of common sizes; the same for the same seed."""
     rng, found = random.Random(seed), []
     while len(found) < count:
         width = rng.choice((128, 256, 384, 512, 768))
@@ -168,7 +168,7 @@ def _measure(case: Case, seconds: float) -> dict:
     def call():
         x = next(turns)
         for layer in packed:
-            forward(x, layer, c.out_features, *sizes, t.serial_tokens, "")
+            forward(x, layer, c.out_features, *sizes, t.serial_tokens)
 
     def stages():
         calls = [torch.ops.lookupffn.stage_seconds(next(turns), packed[0], *sizes) for _ in range(STAGE_CALLS)]
@@ -208,7 +208,7 @@ def _compare(case: Case, measured: list[dict], machine: Machine) -> dict:
         "measured_us": statistics.median(passes_us),
         "passes_us": passes_us,
         "predicted_stages_us": {s: sum(b.ns for b in bounds) / 1e3 for s, bounds in found.stages.items()},
-        "limits": {b.loop: b.limit for bounds in found.stages.values() for b in bounds},
+        "limits": {b.loop: b.bound_by for bounds in found.stages.values() for b in bounds},
     }
     if "stages_us" in measured[0]:
         stages = map(statistics.median, zip(*(one["stages_us"] for one in measured), strict=True))

@@ -53,7 +53,7 @@ def _page(report):
 
         from . import plots
     except ImportError as error:
-        message = "the report needs matplotlib and jinja2: pip install lookupffn[train]"
+        message = "the report needs matplotlib and jinja2: pip install 'lookupffn[lab]'"
         raise ImportError(message, name=error.name) from error
 
     environment = jinja2.Environment(
@@ -64,7 +64,7 @@ def _page(report):
         lstrip_blocks=True,
     )
     dense, lookup = report["models"]["dense"], report["models"]["lookup"]
-    cells = lookup["cells"]
+    buckets = lookup["cells"]
     return environment.get_template("template.html.j2").render(
         report=report,
         words=words,
@@ -73,8 +73,8 @@ def _page(report):
         # A figure cannot reflow, so the page holds the curves twice and shows the one that fits.
         curves=[(fit, plots.curves(report, fit, width)) for fit, width in (("wide", 700), ("narrow", 350))],
         times=_times(dense, lookup, plots.time_bars),
-        cells=cells,
-        cell_figures=[plots.cell_use(cells, "use"), plots.margins(cells, "margins")] if cells else [],
+        buckets=buckets,
+        bucket_figures=[plots.bucket_use(buckets, "use"), plots.margins(buckets, "margins")] if buckets else [],
     )
 
 

@@ -1,9 +1,9 @@
 """Figures as inline SVG strings (marked safe) that take their colours and font from the page.
 
-What differs from plain matplotlib: every colour drawn is a stand-in that becomes a CSS variable, so one SVG
+What differs from plain matplotlib: every colour used is a stand-in that becomes a CSS variable, so one SVG
 serves light, dark and print; text stays text; ids carry the figure's name, so that figures can share a page;
 axes are placed in points, so a figure shown at its own width has the page's text size. No text from data is
-drawn: matplotlib would read its dollar signs as mathematics.
+rendered: matplotlib would read its dollar signs as mathematics.
 """
 
 import io
@@ -173,8 +173,8 @@ def time_bars(timings, name):
     return on.svg
 
 
-def _layers(axes, cells):
-    layers = [c["layer"] for c in cells]
+def _layers(axes, buckets):
+    layers = [b["layer"] for b in buckets]
     axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("layer")
@@ -182,28 +182,28 @@ def _layers(axes, cells):
     axes.grid(axis="y")
 
 
-def cell_use(cells, name):
-    """Cells used and code entropy of each layer, in percent; None without a measured layer."""
-    lines = {"cells_used": ("used", LOOKUP, "-", "s"), "code_entropy": ("entropy", MUTED, (0, (1, 2)), "D")}
-    about = "Share of cells used and code entropy, by layer"
+def bucket_use(buckets, name):
+    """Buckets used and code entropy of each layer, in percent; None without a measured layer."""
+    lines = {"buckets_used": ("used", LOOKUP, "-", "s"), "code_entropy": ("entropy", MUTED, (0, (1, 2)), "D")}
+    about = "Share of buckets used and code entropy, by layer"
     labels = []
     with drawing(name, about, 340, 220, (52, 62, 10, 42)) as on:
         for key, (label, colour, style, marker) in lines.items():
-            pairs = [(c["layer"], 100 * c[key]) for c in cells if c[key] is not None]
+            pairs = [(b["layer"], 100 * b[key]) for b in buckets if b[key] is not None]
             if pairs:
                 look = {"color": colour, "linestyle": style, "linewidth": 1.2, "clip_on": False}
                 on.axes.plot(*zip(*pairs, strict=True), marker=marker, zorder=3, **look)
                 labels.append((pairs[-1][1], label, colour))
         on.axes.set(ylim=(0, 100), ylabel="percent")
-        _layers(on.axes, cells)
+        _layers(on.axes, buckets)
         spread_labels(on, labels)
     return on.svg if labels else None
 
 
-def margins(cells, name):
+def margins(buckets, name):
     """Quantiles of each layer's margins: 5 to 95 % thin, 25 to 75 % thick, median a dot; None without any."""
     keys = ("0.05", "0.25", "0.5", "0.75", "0.95")
-    rows = [(c["layer"], [c["margin_quantiles"].get(key) for key in keys]) for c in cells]
+    rows = [(b["layer"], [b["margin_quantiles"].get(key) for key in keys]) for b in buckets]
     rows = [(layer, quantiles) for layer, quantiles in rows if None not in quantiles]
     if not rows:
         return None
@@ -215,5 +215,5 @@ def margins(cells, name):
             axes.plot(layer, median, "o", color=LOOKUP, markerfacecolor=PAPER, markersize=6)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("margin |z|")
-        _layers(axes, cells)
+        _layers(axes, buckets)
     return on.svg

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lookupffn.files import atomic_write
 
-BAND = 0.15  # of error, drawn beside the line of equals
+BAND = 0.15  # of error, shown beside the line of equals
 
 
 def write_study(records: list[dict], folder: Path, names: dict[str, str], command: str) -> Path:
@@ -22,7 +22,7 @@ def write_study(records: list[dict], folder: Path, names: dict[str, str], comman
 
         from . import study_plots as plots
     except ImportError as error:
-        message = "the report needs matplotlib and jinja2: pip install lookupffn[train]"
+        message = "the report needs matplotlib and jinja2: pip install 'lookupffn[lab]'"
         raise ImportError(message, name=error.name) from error
 
     def of(what, **fields):
@@ -78,7 +78,7 @@ def _ratios(of, plots):
 
 def _scatter(predictions, plots):
     points = [(r["measured_us"], r["predicted_us"]) for r in predictions if "measured_us" in r]
-    about = "Predicted against measured time of layers drawn at random"
+    about = "Predicted against measured time of randomly sampled layers"
     return plots.scatter("validation", about, points, band=BAND) if points else None
 
 

@@ -40,19 +40,43 @@ def at_tokens(tokens):
 
 
 def timing(model, what, tokens):
-    """The model's measurement of `what` at that many tokens; one without numbers where there is none."""
-    found = (t for t in model["timings"] if (t["what"], t["tokens"]) == (what, tokens))
-    return next(found, dict.fromkeys(("us_per_token", "us_per_token_low", "us_per_token_high")))
+    """The least time of `what` at that many tokens in any engine; one without numbers where there is none."""
+    found = [t for t in model["timings"] if (t["what"], t["tokens"]) == (what, tokens)]
+    none = dict.fromkeys(("us_per_token", "us_per_token_low", "us_per_token_high"))
+    return min(found, key=lambda t: math.inf if t["us_per_token"] is None else t["us_per_token"], default=none)
+
+
+def form(timing):
+    """The engine, and the types that it computed in."""
+    return f"{timing['engine']}, {timing['dtype']}" if "engine" in timing else NOT_MEASURED
+
+
+def threads(timings):
+    counts = sorted({t["threads"] for t in timings if "threads" in t})
+    return f"{' and '.join(map(str, counts))} thread{'s' * (counts != [1])}" if counts else NOT_MEASURED
 
 
 def conditions(timings):
     """How these were timed; several ways only where they differ."""
-    ways = (
-        f"{t['engine']}, {t['dtype']}, {t['threads']} thread{'s' * (t['threads'] != 1)}"
-        for t in timings
-        if "engine" in t
-    )
-    return "; ".join(dict.fromkeys(ways)) or NOT_MEASURED
+    ways = dict.fromkeys(form(t) for t in timings if "engine" in t)
+    return f"{'; '.join(ways)}; {threads(timings)}" if ways else NOT_MEASURED
+
+
+def forms(report, what):
+    """Every form that was timed: model, engine, types, and at 1 and 512 tokens the time and "fastest" or nothing."""
+    rows = []
+    for name in ("dense", "lookup"):
+        model = report["models"][name]
+        found = [t for t in model["timings"] if t["what"] == what]
+        for engine, dtype in dict.fromkeys((t["engine"], t["dtype"]) for t in found):
+            cells = []
+            for tokens in (1, 512):
+                own = (t for t in found if (t["engine"], t["dtype"], t["tokens"]) == (engine, dtype, tokens))
+                t = next(own, {"us_per_token": None})
+                least = t["us_per_token"] is not None and t is timing(model, what, tokens)
+                cells.append((shown(t["us_per_token"], microseconds), "fastest" if least else ""))
+            rows.append((name, engine, dtype, cells))
+    return rows
 
 
 def change(dense, lookup, less, more):
@@ -125,14 +149,26 @@ def _packed(lookup):
 
 
 def _speed(dense, lookup, what, name):
-    clauses, timed = [], []
-    for tokens, than in ((512, " than dense"), (1, "")):
+    clauses, timed, fastest = [], [], {"dense": [], "lookup": []}
+    for tokens, than in ((512, " than the fastest dense"), (1, "")):
         pair = [timing(model, what, tokens) for model in (dense, lookup)]
         timed += pair
         text = change(*(t["us_per_token"] for t in pair), "faster", "slower")
-        text = {SAME: "as fast as dense", NOT_MEASURED: NOT_MEASURED}.get(text, text + than)
+        text = {SAME: "as fast as the fastest dense", NOT_MEASURED: NOT_MEASURED}.get(text, text + than)
         clauses.append(f"{text} {at_tokens(tokens)}")
-    return f"In this run the {name} is {' and '.join(clauses)} ({conditions(timed)})."
+        for forms, t in zip(fastest.values(), pair, strict=True):
+            forms.append((form(t), at_tokens(tokens)))
+    count = len({(t["engine"], t["dtype"]) for t in dense["timings"] if t["what"] == what})
+    ways = [_ways(forms) for forms in fastest.values()]
+    how = f"dense, the fastest of {count}: {ways[0]}; lookup: {ways[1]}; {threads(timed)}" if count else NOT_MEASURED
+    return f"In this run the {name} is {' and '.join(clauses)} ({how})."
+
+
+def _ways(forms):
+    """`[("PyTorch eager, float32", "at 512 tokens"), ...]` in words, the sizes only where the forms differ."""
+    if len({form for form, _ in forms}) == 1:
+        return forms[0][0]
+    return " and ".join(f"{form} {size}" for form, size in forms)
 
 
 def headline(report):

@@ -21,13 +21,14 @@ from lookupffn.lab.hardware.gather_stream import (
 from lookupffn.runtime.format import slice_width
 
 WITHOUT_KERNELS = pytest.param(False, id="python")
-WITH_KERNELS = pytest.param(True, id="native", marks=pytest.mark.skipif(not native.available(), reason="not built"))
+WITH_KERNELS = pytest.param(True, id="native", marks=pytest.mark.skipif(bool(native.load("lab")), reason="not built"))
 
 
 @pytest.fixture(params=[WITHOUT_KERNELS, WITH_KERNELS])
 def either(request, monkeypatch):
     """Both simulators: the compiled one and Python's."""
-    monkeypatch.setattr(native, "available", lambda: request.param)
+    if not request.param:
+        monkeypatch.setattr(native, "load", lambda name="kernels": "not built")
 
 
 def count(lines, *levels):
@@ -79,7 +80,7 @@ def test_a_stream_in_parts_is_the_same_stream():
     assert (simulator.access(lines[-1:]) == 0).all()
 
 
-@pytest.mark.skipif(not native.available(), reason="not built")
+@pytest.mark.skipif(bool(native.load("lab")), reason="not built")
 @pytest.mark.parametrize("seed", range(8))
 def test_both_simulators_are_the_same(seed, monkeypatch):
     random = np.random.default_rng(seed)
@@ -87,7 +88,7 @@ def test_both_simulators_are_the_same(seed, monkeypatch):
     levels = [Cache(64 * int(ways) * int(sets), int(ways)) for ways, sets in random.integers(1, 20, size=(3, 2))]
     compiled = CacheSimulator(levels)
     counts = [compiled.access(part) for part in np.array_split(lines, 3)]
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "load", lambda name="kernels": "not built")
     plain = CacheSimulator(levels)
     assert [plain.access(part).tolist() for part in np.array_split(lines, 3)] == [c.tolist() for c in counts]
     assert np.array_equal(plain.contents, compiled.contents)
@@ -114,12 +115,12 @@ def test_what_is_refused():
         count([3, -1], (1, 1))
 
 
-@pytest.mark.skipif(not native.available(), reason="not built")
+@pytest.mark.skipif(bool(native.load("lab")), reason="not built")
 def test_the_operator_refuses_what_does_not_fit():
     import torch
 
     def run(lines=(1,), sets=(2,), ways=(2,), contents=4, dtype=torch.int64):
-        return torch.ops.lookupffn.simulate_caches(
+        return torch.ops.lookupffn_lab.simulate_caches(
             torch.tensor(lines, dtype=dtype), torch.tensor(sets), torch.tensor(ways), torch.full((contents,), -1)
         )
 
@@ -174,7 +175,7 @@ def loop(g, codes, address):
 def sliced_loop(g, codes):
     item, groups = ITEM_BYTES[g.dtype], math.ceil(g.num_tables / 16)
     row_bytes, slots = g.slice * item, groups * g.reads * 16
-    score_bytes, together = (1, 4) if g.dtype == "int8" else (4, 1)
+    score_bytes, at_once = (1, 4) if g.dtype == "int8" else (4, 1)
     lines = range(0, row_bytes, 64)
     for chunk in range(0, len(codes), g.chunk):
         end = min(len(codes), chunk + g.chunk)
@@ -188,22 +189,22 @@ def sliced_loop(g, codes):
                         yield saved
                     for group, n in itertools.product(range(first, last), range(g.reads)):
                         in_group = range(group * 16, min(group * 16 + 16, g.num_tables))
-                        for t in in_group[::together]:
+                        for t in in_group[::at_once]:
                             slot = (b - chunk) * slots + (group * g.reads + n) * 16 + t % 16
-                            four = range(t, t + together)
+                            four = range(t, t + at_once)
                             row = [
                                 tables + (u * g.table_rows + codes[b, u, n]) * row_bytes
                                 if u < g.num_tables
                                 else tables + t * g.table_rows * row_bytes
                                 for u in four
                             ]
-                            score = ("scores", slot * score_bytes, together * score_bytes)
-                            yield "codes", slot * 2, together * 2
+                            score = ("scores", slot * score_bytes, at_once * score_bytes)
+                            yield "codes", slot * 2, at_once * 2
                             if g.dtype != "int8":
                                 yield score
-                            if g.ahead and four[-1] < g.num_tables:
-                                later = b + g.ahead if b + g.ahead < end else b
-                                yield "codes", (slot + (later - b) * slots) * 2, together * 2
+                            if g.prefetch_tokens and four[-1] < g.num_tables:
+                                later = b + g.prefetch_tokens if b + g.prefetch_tokens < end else b
+                                yield "codes", (slot + (later - b) * slots) * 2, at_once * 2
                                 for u, line in itertools.product(four, lines):
                                     yield (
                                         "tables",
@@ -219,7 +220,7 @@ def sliced_loop(g, codes):
                         yield saved
                         continue
                     if g.dtype == "int8":
-                        yield "steps", 4 * (b - chunk), 4
+                        yield "score_scales", 4 * (b - chunk), 4
                     yield "bias", 4 * first_output, 4 * g.slice
                     left = min(g.slice, g.out_features - first_output)
                     yield "y", 4 * (b * g.out_features + first_output), 4 * left
@@ -230,7 +231,7 @@ def check_stream(g, tokens, seed=0):
     codes = random.integers(g.table_rows, size=(tokens, g.num_tables, g.reads))
     address, free = {}, 64 * int(random.integers(100))
     for name, size in g.buffers(tokens).items():  # y, codes and scores anywhere, as a caller may have them
-        free += 0 if name in ("y", "codes", "scores", "steps") and g.order != "sliced" else -free % 64
+        free += 0 if name in ("y", "codes", "scores") and g.order != "sliced" else -free % 64
         address[name] = free
         free += size + (4 if name == "bias" and g.order != "sliced" else 64)
     expected = []
@@ -253,7 +254,14 @@ def test_stream_is_that_of_the_loop(order, num_tables, tokens):
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
 @pytest.mark.parametrize(
-    "change", [dict(groups_per_block=1), dict(groups_per_block=2), dict(ahead=1), dict(ahead=2), dict(slice=64)]
+    "change",
+    [
+        dict(groups_per_block=1),
+        dict(groups_per_block=2),
+        dict(prefetch_tokens=1),
+        dict(prefetch_tokens=2),
+        dict(slice=64),
+    ],
 )
 def test_stream_of_the_engines_loop_sizes(change, dtype):
     for num_tables, reads, chunk in ((33, 1, 2), (50, 2, 3), (64, 1, 2048)):
@@ -298,7 +306,7 @@ def test_streams_that_are_refused():
             next(gather_lines(g, codes))
     with pytest.raises(ValueError, match="address of tables must be"):
         next(gather_lines(g, np.zeros((2, 4, 1), int), dict.fromkeys(g.buffers(2), 32)))
-    for change in (dict(order="row"), dict(dtype="int4"), dict(slice=96), dict(reads=0), dict(ahead=-1)):
+    for change in (dict(order="row"), dict(dtype="int4"), dict(slice=96), dict(reads=0), dict(prefetch_tokens=-1)):
         with pytest.raises(ValueError, match=f"{next(iter(change))} must be"):
             Gather(4, 8, 64, **change)
 
@@ -306,7 +314,7 @@ def test_streams_that_are_refused():
 # ---- Codes -----------------------------------------------------------------------------------------------------------
 
 
-def test_codes_have_the_entropy_asked_for_and_the_reads_of_nearest_cells():
+def test_codes_have_the_entropy_asked_for_and_the_reads_of_nearest_buckets():
     for entropy in (0, 2.5, 5, 6):
         codes = skewed_codes(tokens=4000, num_tables=5, code_bits=6, reads=3, entropy=entropy)
         assert codes.shape == (4000, 5, 3)

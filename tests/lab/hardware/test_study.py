@@ -4,21 +4,24 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import re
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
-from lookupffn import LookupFFN
+from lookupffn import LookupFFN, native
 from lookupffn.__main__ import app, main
-from lookupffn.lab.hardware import advice, study
+from lookupffn.lab.hardware import advice, counting, study
+from lookupffn.lab.hardware.case import Case
 from lookupffn.lab.hardware.described import FEATURES, describe, descriptions
 from lookupffn.lab.hardware.model import predict, tuned
-from lookupffn.lab.hardware.work import Case
 from lookupffn.lab.report.study import write_study
 from lookupffn.layer import LookupConfig
 from lookupffn.runtime.format import encode
+
+pytestmark = pytest.mark.skipif(os.environ.get("LOOKUPFFN_NATIVE") == "0", reason="LOOKUPFFN_NATIVE=0")
 
 GENOA = describe(descriptions()["genoa-x"])
 
@@ -103,6 +106,7 @@ def test_sweeps_compare_with_the_fastest_dense(records):
         assert r["times_faster"] == pytest.approx(min(r["dense_us"].values()) / r["lookup_us"])
         assert ("bfloat16" in r["dense_us"]) == (r["machine"] == "genoa-x"), "a Haswell has no such product"
     tables = [r["lookup_us"] for r in sweeps if r["over"] == "tables" and r["machine"] == "haswell"]
+    assert len(tables) >= 3
     assert tables == sorted(tables)
 
 
@@ -180,6 +184,22 @@ def test_predict_writes_what_it_prints(tmp_path):
     assert (one["tokens"], many["tokens"]) == (1, 64)
     assert one["predicted_us"] == pytest.approx(sum(one["predicted_stages_us"].values()))
     assert set(one["dense_us"]) == {"float32", "int8"}
+
+
+def test_count_writes_what_predict_takes_where_nothing_can_be_counted(tmp_path, monkeypatch, refused):
+    file = tmp_path / "operations.jsonl"
+    shape = ["--hidden-size", "128", "--num-tables", "32", "--tokens", "1", "--tokens", "64"]
+    counted = CliRunner().invoke(app, ["hardware", "count", *shape, "--json", str(file)])
+    assert counted.exit_code == 0
+    assert "rows" in counted.output
+    predict = ["hardware", "predict", "--machine", "haswell", *shape]
+    expected = CliRunner().invoke(app, predict).output
+    monkeypatch.setattr(counting, "_known", {})
+    monkeypatch.setattr(native, "load", lambda name="kernels": "it was not built")
+    assert "it was not built. Where it is there, `lookupffn hardware count --json FILE`" in refused(*predict)
+    assert CliRunner().invoke(app, [*predict, "--operations", str(file)]).output == expected
+    file.write_text('{"what": "operations"}\n')
+    assert "a record of counted operations is damaged" in refused(*predict, "--operations", str(file))
 
 
 def test_simulate_counts_what_can_be_counted_by_hand(tmp_path):

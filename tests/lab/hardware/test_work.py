@@ -1,132 +1,33 @@
-"""The hardware model's formulas against counters: the engine runs on a vector shim that counts every call."""
+"""The lines of memory that the model has in formulas, against those that the shim counts, and by hand."""
 
-import dataclasses
-import functools
-import json
+import math
 import os
-import shutil
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
-import torch
+from counted_cases import CASES, LARGE, SMALL, name, packed_of, whole_call
 
-from lookupffn import LookupConfig, LookupFFN
+from lookupffn import LookupConfig
+from lookupffn.lab.hardware import counting
+from lookupffn.lab.hardware.case import LINE, Case
 from lookupffn.lab.hardware.training_work import Step, training_loops
-from lookupffn.lab.hardware.work import LINE, PROJECTION_DTYPES, Case, _register_tiles, first_reads, loops
-from lookupffn.runtime.format import encode, read_header
+from lookupffn.lab.hardware.work import first_reads, loops
+from lookupffn.runtime.format import read_header
 from lookupffn.runtime.tuning import Tiling
 
-ROOT = Path(__file__).parents[3]
-NOT_COUNTED = ("word", "put", "scalar", "clear")  # kinds of which the shim knows nothing
-
-LARGE = LookupConfig(512, 512, num_tables=128)
-SMALL = LookupConfig(256, 256, num_tables=64, reads=3)
-PADDED = LookupConfig(320, 192, num_tables=24)  # x padded to 512, slices of 64
-ODD = LookupConfig(128, 200, num_tables=17, code_bits=5, reads=2)  # a table by itself, a last slice that is cut
-
-CASES = [
-    *(Case(LARGE, dtype, tokens) for dtype in PROJECTION_DTYPES for tokens in (1, 5, 12, 24)),
-    *(
-        Case(config, dtype, tokens)  # one token asks for its rows early
-        for dtype in PROJECTION_DTYPES
-        for config in (SMALL, PADDED, ODD)
-        for tokens in (1, 12)
-    ),
-    *(
-        Case(SMALL, dtype, 24, tiling=tiling)
-        for dtype in PROJECTION_DTYPES
-        for tiling in (Tiling(prefetch_distance=0), Tiling(groups_per_block=1))
-    ),
-    Case(dataclasses.replace(LARGE, reads=3), "float32", 1),  # asks for one slice after the other
-    *(Case(SMALL, "int8", 110, tiling=Tiling(tile_tokens=tile)) for tile in (1, 7, 16, 1000)),
-    *(Case(SMALL, "float32", 12, projection_dtype=kind) for kind in ("int8", "int16")),
-    *(Case(LookupConfig(100, 500, 24, 6, "dense"), dtype, 12) for dtype in PROJECTION_DTYPES),  # 112 numbers: 64, 3 16s
-    *(Case(LookupConfig(256, 64, 32, 8, "none"), dtype, 5) for dtype in PROJECTION_DTYPES),
-    *(Case(LookupConfig(256, 256, 64, block_size=8), dtype, 12) for dtype in PROJECTION_DTYPES),  # one panel at a time
-    *(Case(LookupConfig(64, 256, 64, block_size=block), "int8", 12) for block in (16, 32, 64)),  # no level to two
-    Case(LookupConfig(256, 256, 64, code_bits=9), tokens=12),
-    Case(LookupConfig(256, 256, 64, decay=1.0), tokens=12),
-    Case(LookupConfig(8, 64, 24, 4, block_size=8), tokens=12),  # narrower than a vector
-    *(Case(LookupConfig(64, 64, 32, 2, reads=reads), tokens=12) for reads in (2, 4)),  # with negated rows
-    Case(dataclasses.replace(ODD, reads=4), tokens=2100),  # more than a chunk
-    *(Case(PADDED, tokens=tokens, threads=threads) for threads in (2, 5) for tokens in (5, 64)),  # one repeat, 3 slices
-    Case(LARGE, tokens=29, threads=3),
-    Case(ODD, tokens=2100, threads=2),
-]
+pytestmark = pytest.mark.skipif(os.environ.get("LOOKUPFFN_NATIVE") == "0", reason="LOOKUPFFN_NATIVE=0")
 
 
-def name(case):
-    c, t = case.config, case.tiling
-    options = dataclasses.asdict(t).items() - dataclasses.asdict(Tiling()).items()
-    sizes = f"{c.in_features}x{c.num_tables}x{c.code_bits}x{c.out_features} reads={c.reads} tokens={case.tokens}"
-    sizes += f" threads={case.threads}" if case.threads > 1 else ""
-    kinds = [f"{c.projection}-{c.block_size}", case.dtype, case.weight_type]
-    return " ".join([sizes, *kinds, *(f"{k}={v}" for k, v in sorted(options))])
-
-
-def built(folder, name, *sources):
-    """The program of tests/kernels/ with these sources of the engine."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if not compiler:
-        pytest.skip("needs a C++ compiler: none of c++, g++, clang++ is there")
-    # Not optimised: it counts what the source calls, and most of the time goes into compiling.
-    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-Wno-psabi", "-Icsrc"]
-    files = [f"tests/kernels/{name}.cpp", *(f"csrc/{source}" for source in sources)]
-    subprocess.run([*compiler.split(), *flags, *files, "-o", str(folder / name)], cwd=ROOT, check=True)
-    return folder / name
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory):
-    return built(tmp_path_factory.mktemp("counting"), "count_operations", "engine.cpp", "layer.cpp")
-
-
-@functools.lru_cache(maxsize=1)  # cases of one layer stand together
-def packed_layer(config, dtype, weight_type):
-    torch.manual_seed(0)
-    return encode(LookupFFN(config), dtype, weight_type)
-
-
-@pytest.fixture(params=CASES, ids=name, scope="module")
-def counted(request, program):
-    """A case, the header of its packed layer, and what the program counts."""
-    case, t = request.param, request.param.tiling
-    packed = packed_layer(case.config, case.dtype, case.weight_type)
-    path = program.with_name("packed")
-    packed.numpy().tofile(path)
-    numbers = (case.tokens, t.tile_tokens, t.prefetch_distance, t.groups_per_block, case.threads)
-    done = subprocess.run([str(program), str(path), *map(str, numbers)], capture_output=True, text=True)
-    path.unlink()
-    assert done.returncode == 0, done.stderr
-    return case, read_header(packed), json.loads(done.stdout)
-
-
-def test_the_formulas_count_what_the_engine_executes(counted):
-    case, _, counts = counted
-    for stage, of_stage in loops(case).items():
-        formula = sum((loop.operations for loop in of_stage), Counter())
-        expected = {kind: round(n * case.tokens, 6) for kind, n in formula.items() if kind not in NOT_COUNTED}
-        got = {kind: n for kind, n in counts[stage].items() if n}
-        assert expected == got, stage
-
-
-def test_bytes_are_those_of_the_packed_layer(counted):
-    case, header, _ = counted
-    assert case.table_bytes == header["section_bytes"]["tables"]
-    assert case.weight_bytes == header["section_bytes"].get("weights", 0)
-
-
-def test_lines_are_those_that_are_read(counted):
-    case, header, counts = counted
-    c, lines = case.config, counts["lines"]
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_lines_are_those_that_are_read(case):
+    header, counts, c = read_header(packed_of(case)), whole_call(case), case.config
+    lines, plan = counts["lines"], counting.count(case).plan
     slices = -(-c.out_features // header["slice"])
     row_lines = header["section_bytes"]["tables"] // (slices * c.num_tables * header["table_rows"]) // LINE
-    first = first_reads(case)
-    again = next(t for t in loops(case)["gather"][0].traffic if t.drawn)
-    asked = [t for loop in loops(case)["hash"] if loop.asks for t in loop.traffic]
-    assert (asked, first in loops(case)["gather"][0].traffic) == (([first], False) if case.early else ([], True))
+    first, found = first_reads(case), loops(case)
+    again = next(t for t in found["gather"][0].traffic if t.repeats)
+    prefetched = [t for loop in found["hash"] if loop.only_prefetches for t in loop.traffic]
+    assert (prefetched, first in found["gather"][0].traffic) == (([first], False) if plan.early_slices else ([], True))
     assert first.run == again.run == row_lines
     read = (first.lines + again.lines) * case.tokens
     assert read == pytest.approx(case.tokens * c.num_tables * c.reads * row_lines * slices)
@@ -134,14 +35,14 @@ def test_lines_are_those_that_are_read(counted):
     filled = -c.num_tables % 4 * c.reads * row_lines * slices * case.tokens if case.dtype == "int8" else 0
     assert lines["rows"]["loads"] == round(read) + filled
 
-    weights = [t for loop in loops(case)["project"] if loop.name == "products" for t in loop.traffic[:2]]
-    tiles = sum(case.tiles.values())
-    assert counts["project_calls"] == tiles * (header["repeats"] if case.early else 1)
+    weights = [t for loop in found["project"] if loop.name == "products" for t in loop.traffic[:2]]
+    tiles = counting.tiles(case, plan)
+    parts = header["repeats"] if plan.early_slices else 1
+    assert counts["project_calls"] == sum(
+        n * (parts if threads == 1 else min(threads, header["repeats"])) for (_, threads), n in tiles.items()
+    )
     assert lines["weights"]["different"] * LINE == case.weight_bytes  # each is used
-    assert sum(t.lines for t in weights) * case.tokens == pytest.approx(tiles * case.weight_bytes / LINE)
-    # In a tile a line comes again for every six of its tokens, then from L1.
-    times = sum(n * _register_tiles(tokens) for tokens, n in case.tiles.items())
-    assert lines["weights"]["loads"] * LINE == case.weight_bytes * times
+    assert sum(t.lines for t in weights) * case.tokens == pytest.approx(sum(tiles.values()) * case.weight_bytes / LINE)
 
 
 def test_weights_are_read_again_after_the_gathers_of_all_layers():
@@ -152,26 +53,74 @@ def test_weights_are_read_again_after_the_gathers_of_all_layers():
     assert (others.lines, others.bytes) == (pytest.approx(1024 / 24), 65536)
 
 
+def test_x_is_read_by_the_loop_that_comes_first_and_sums_go_around_in_a_tile():
+    """By hand: 16 lines of x; two repeats of 256 sums, 16 lines each, in a tile of twelve tokens."""
+    x = 16.0, 24 * 1024
+    for dtype, config, reader in (
+        ("int8", SMALL, "largest of x"),
+        ("float32", SMALL, "products"),
+        ("int8", LookupConfig(255, 256, num_tables=64), "copy x"),
+        ("int8", LookupConfig(256, 64, 32, 8, "none"), "copy x"),
+    ):
+        found = {loop.name: loop for loop in loops(Case(config, dtype, 24))["project"]}
+        stream = (found[reader].traffic[-1].lines, found[reader].traffic[-1].bytes)
+        assert stream == (pytest.approx(x[0] * config.in_features / 256), 24 * 4 * config.in_features)
+        assert sum(t.bytes == 24 * 4 * config.in_features for loop in found.values() for t in loop.traffic) == 1
+    found = {loop.name: loop for loop in loops(Case(SMALL, "int8", 24))["project"]}
+    around = 12 * (4 * 256 + 5 * 256 + 4 * 2 * 256)
+    lines = {
+        "quantise x": 16,
+        "butterflies": 2 * 3 * 16,
+        "quantise between": 2 * 3 * 16,
+        "butterflies to z": 2 * 2 * 16,
+    }
+    for loop, expected in lines.items():
+        (traffic,) = found[loop].traffic
+        assert (traffic.lines, traffic.bytes, traffic.pattern) == (expected, around, "stream"), loop
+
+
 FEW = [Case(SMALL, tokens=1), Case(SMALL, tokens=24), Case(LARGE, tokens=24)]
 
 
-@pytest.mark.parametrize("counted", FEW, ids=name, indirect=True)
-def test_different_lines_of_rows_are_as_many_as_with_uniform_codes(counted):
+@pytest.mark.parametrize("case", FEW, ids=name)
+def test_different_lines_of_rows_are_as_many_as_with_uniform_codes(case):
     """The formula takes codes for uniform and independent; those of random layers and inputs nearly are."""
-    case, _, counts = counted
     first = first_reads(case)
-    assert counts["lines"]["rows"]["different"] == pytest.approx(first.lines * case.tokens, rel=0.03)
+    assert whole_call(case)["lines"]["rows"]["different"] == pytest.approx(first.lines * case.tokens, rel=0.03)
     of_tables = case.config.num_tables * case.config.num_rows * case.row_bytes
     assert first.share * of_tables == pytest.approx(first.lines * case.tokens * LINE)
 
 
+def test_lines_of_a_gather_by_hand():
+    """64 tables of 256 rows, three reads, two slices of two lines, in four blocks; 24 tokens, two layers in turn."""
+    case = Case(SMALL, "int8", 24, layers=2, tiling=Tiling(groups_per_block=1))
+    share = 1 - (1 - 3 / 256) ** 24
+    first, again, reads, sums, y = next(loop for loop in loops(case)["gather"]).traffic
+    assert (first.lines, first.bytes) == (pytest.approx(share * 64 * 256 * 4 / 24), 2 * 64 * 256 * 256)
+    assert (first.pattern, again.pattern) == ("runs_of_2", "draws_of_2")
+    assert (again.lines, again.bytes) == (pytest.approx(192 * 4 - first.lines), pytest.approx(share * 16 * 256 * 128))
+    assert (reads.lines, reads.bytes) == (2 * 192 * 3 / 64, 24 * 192 * 3)
+    assert (sums.lines, sums.bytes) == (2 * 2 * 3 * 8, 24 * 512)
+    assert (y.lines, y.bytes) == (2 * 16, 24 * 1024)
+    alone = Case(SMALL, "int8", 24, tiling=Tiling(prefetch_distance=0))
+    assert [t.pattern for t in loops(alone)["gather"][0].traffic[:2]] == ["runs_of_2_read", "draws_of_2_read"]
+    of_thread = next(loop for loop in loops(Case(SMALL, "int8", 64, threads=2))["gather"]).traffic[0]
+    assert of_thread.bytes == 64 * 256 * 256 / 2, "each thread keeps to its slices"
+
+
+def test_scalar_operations_go_with_rows_and_with_loads():
+    found = {loop.name: loop for stage in loops(Case(SMALL, tokens=1)).values() for loop in stage}
+    counted = counting.count(Case(SMALL, tokens=1)).stages
+    rows = 192 * 2  # of two slices
+    for stage, loop in (("gather", "rows"), ("hash", "prefetch rows")):
+        assert found[loop].operations - counted[stage][loop] == Counter(word=rows, scalar=2 * rows)
+    products = found["products"].operations - counted["project"]["products"]
+    assert products == Counter(scalar=counted["project"]["products"]["load"] / 2)
+    later = next(loop for loop in loops(Case(SMALL, tokens=512))["gather"])
+    assert later.operations["word"] == 2 * rows, "a row that is read, and one that is prefetched"
+
+
 # ---- Training --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def training_program(tmp_path_factory):
-    return built(tmp_path_factory.mktemp("counting"), "count_training", "training.cpp")
-
 
 STEPS = [
     Step(LookupConfig(64, 128, 32, 4, reads=1), 64),  # packed
@@ -180,19 +129,61 @@ STEPS = [
     Step(LookupConfig(64, 128, 16, 8, reads=1), 16),  # few tokens: straight from the tables
     Step(LookupConfig(64, 176, 32, 8, reads=3), 32),
     Step(LookupConfig(64, 64, 48, 6, reads=2), 128),
-    Step(LookupConfig(64, 64, 32, 8, reads=1), 512),  # several passes
+    Step(LookupConfig(64, 64, 32, 8, reads=1), 512),  # packed one part after the other
 ]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
-def test_the_formulas_of_training_count_what_its_kernels_execute(step, training_program):
-    c = step.config
-    numbers = (c.num_tables, c.code_bits, c.reads, c.out_features, step.tokens)
-    done = subprocess.run([str(training_program), *map(str, numbers)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
-    for stage, of_stage in training_loops(step).items():
-        formula = sum((loop.operations for loop in of_stage), Counter())
-        expected = {kind: round(n * step.tokens, 6) for kind, n in formula.items() if kind not in NOT_COUNTED}
-        got = {kind: n for kind, n in counts[stage].items() if n}
-        assert {kind: n for kind, n in expected.items() if n} == got, stage
+def test_lines_of_training(step):
+    """Formulas of the sizes, beside what follows from the counts."""
+    c, tokens = step.config, step.tokens
+    rows, slices = c.num_tables * c.reads, math.ceil(c.out_features / 64)
+    table_lines = c.num_tables * c.num_rows * math.ceil(c.out_features / 16)
+    lines = {
+        f"{stage}.{loop.name}": loop.traffic for stage, of_stage in training_loops(step).items() for loop in of_stage
+    }
+    if tokens * c.reads < 2 * c.num_rows:
+        (read, y) = lines["gather.rows"]
+        assert "gather.pack" not in lines
+        assert (read.lines, read.bytes) == (rows * math.ceil(c.out_features / 16), step.table_bytes)
+        assert read.pattern == ("draws_of_8_read" if c.out_features >= 128 else "draws_of_4_read")
+    else:
+        packed = max(1, min(2**19 // (c.num_rows * 256), c.num_tables))  # tables, in half a MiB
+        parts = math.ceil(c.num_tables / packed)
+        read, codes, sums = lines["gather.rows"]
+        (pack,), (y,) = lines["gather.pack"], lines["gather.unpack"]
+        assert (pack.lines, pack.bytes, pack.prefetched) == (
+            pytest.approx(table_lines / tokens),
+            step.table_bytes,
+            True,
+        )
+        assert (read.lines, read.bytes) == (rows * 4 * slices, c.num_tables / parts * c.num_rows * 256)
+        assert (codes.lines, codes.bytes) == (slices * rows * 8 / 64, 8 * rows * tokens)
+        assert (sums.lines, sums.bytes) == (slices * 4 * (2 * parts - 1), 256 * tokens)
+    assert (y.lines, y.bytes) == (c.out_features / 16, 4 * c.out_features * tokens)
+    grad, pack = lines["gather backward.pack"]
+    assert (grad.lines, grad.bytes) == (math.ceil(c.num_tables / 16) * c.out_features / 16, 4 * c.out_features * tokens)
+    few = tokens * c.reads < c.num_rows  # then rows are packed one by one, as they are read
+    assert pack.lines == pytest.approx(rows * math.ceil(c.out_features / 16) if few else table_lines / tokens)
+    scatter, stream = lines["gather backward.scatter"]
+    assert (scatter.lines, scatter.bytes) == (pytest.approx(2 * rows * 4 * slices), 2 * c.num_rows * 256)
+    assert (stream.lines, stream.bytes) == (pytest.approx(rows * 4 * slices), 256 * tokens)
+    (unpack,) = lines["gather backward.unpack"]
+    assert (unpack.lines, unpack.bytes) == (pytest.approx(table_lines / tokens), 2 * step.table_bytes)
+
+
+def test_what_training_does_beside_its_counts_by_hand():
+    for reads in (1, 2):
+        step = Step(LookupConfig(64, 128, 32, 4, reads=reads), 64)
+        found = {
+            f"{stage}.{loop.name}": loop.operations
+            for stage, of_stage in training_loops(step).items()
+            for loop in of_stage
+        }
+        moved = Counter(word=2 * 32 * reads, put=2 * 32 * reads, scalar=2 * 32 * reads)
+        assert found.get("hash.read by read") == (moved if reads > 1 else None)
+        assert found["hash backward.read by read"] == moved
+        assert found["gather.rows"]["word"] == pytest.approx(2 * 32 * reads, rel=0.1), "each slice of each row"
+        assert found["gather backward.scatter"]["word"] == 2 * 2 * 32 * reads
+        unpacked = counting.training(step.config, 64)["gather backward"]["unpack"]["store"]
+        assert found["gather backward.unpack"]["clear"] == unpacked

@@ -1,0 +1,68 @@
+"""``lookupffn compare | demo | advise | hardware``: what we study with."""
+
+from typing import Annotated
+
+import typer
+
+from lookupffn.errors import InputError
+from lookupffn.extras import require
+from lookupffn.lab.hardware import commands as hardware
+from lookupffn.train.commands import quiet, read_config
+from lookupffn.train.config import PretrainConfig
+
+app = typer.Typer()
+app.add_typer(hardware.app, name="hardware")
+app.command()(hardware.advise)
+
+
+@app.command()
+def compare(
+    ffn: Annotated[str, typer.Option(help="recipes of --config and names of feed-forward layers, with commas")],
+    config: Annotated[
+        str | None, typer.Option(help="YAML file with `common` settings of pretrain and named `recipes` over them")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="model size [small]")] = None,
+    data: Annotated[str | None, typer.Option(help="text, as of pretrain [stdlib]")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="optimizer steps; repeat for more horizons [1000]")] = None,
+    seed: Annotated[list[int], typer.Option(help="seed; repeat for more")] = [0],  # noqa: B006
+    jobs: Annotated[int, typer.Option(help="runs at a time, the threads divided among them")] = 1,
+    seconds: Annotated[float, typer.Option(help="time for each form of each layer when speed is measured")] = 1.0,
+    output_dir: Annotated[str, typer.Option(help="folder of runs, table, lines and plot")] = "runs/compare",
+):
+    """Trains feed-forward layers on the same data, seeds and steps, and writes one table; resumed run by run."""
+    settings = read_config(config) if config else {}
+    if unknown := settings.keys() - {"common", "recipes"}:
+        raise InputError(f"{config}: unknown entry {', '.join(sorted(unknown))}; known are common and recipes")
+    common, recipes = settings.get("common") or {}, settings.get("recipes") or {}
+    for name, entry in {"common": common, "recipes": recipes, **recipes}.items():
+        if not isinstance(entry, dict):
+            raise InputError(f"{config}: {name} must hold settings as 'name: value', not {entry!r}")
+    common |= {name: value for name, value in (("preset", preset), ("data", data)) if value is not None}
+    steps = steps or [common.get("steps", PretrainConfig.steps)]
+    if jobs < 1 or not seconds > 0:
+        raise InputError(f"jobs and seconds must be positive, not {jobs} and {seconds}")
+    require("lab", "lookupffn compare")
+    from lookupffn.lab import compare as lab
+
+    quiet()
+    names = [name.strip() for name in ffn.split(",") if name.strip()]
+    lab.compare(lab.plan(recipes, common, names, seed, steps, output_dir), output_dir, jobs=jobs, seconds=seconds)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[str, typer.Option(help="folder of the report, replaced if it is there")] = "runs/demo",
+    minutes: Annotated[
+        float, typer.Option(help="time to train both models; the number of steps follows from it")
+    ] = 7.5,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps of each model, instead of a time")] = None,
+    seed: Annotated[int, typer.Option(help="of initialisation, data order and masks")] = 0,
+):
+    """Trains a dense and a lookup twin on Python's own standard library and writes a report that compares them."""
+    if not minutes > 0 or (steps is not None and steps < 1):
+        raise InputError(f"minutes and steps must be positive, not {minutes} and {steps}")
+    require("lab", "lookupffn demo")
+    from lookupffn.lab.demo import demo as run
+
+    quiet()
+    run(output_dir, minutes=minutes, steps=steps, seed=seed)
