@@ -28,6 +28,7 @@ check:
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/lint-imports --no-logo
 	@$(VENV)/bin/mypy
+	@$(MAKE) --no-print-directory lint-cpp
 
 lint-cpp: $(READY)
 	@find csrc tests benchmarks -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
@@ -37,7 +38,7 @@ bench: $(READY)
 	@scripts/setup.sh install-bench $(VENV)
 	@$(VENV)/bin/lookupffn bench
 
-$(READY): pyproject.toml scripts/setup.sh CMakeLists.txt $(shell find csrc -type f)
+$(READY): pyproject.toml scripts/setup.sh CMakeLists.txt $(shell find csrc tests/kernels -type f)
 	@scripts/setup.sh install $(VENV)
 	@touch $@
 

@@ -92,7 +92,7 @@ def compare(program: Path, isa: str, gather: Gather, codes: np.ndarray, levels: 
             "ways": cache.ways,
             "simulated_misses": int(ours),
             "cachegrind_misses": int(theirs),
-            "ratio": float(ours / theirs),
+            "ratio": float(ours / theirs) if theirs else 1.0 + float(ours),
         }
         for level, cache, ours, theirs in zip(("D1", "LL"), levels, simulated, twice - once, strict=True)
     ]

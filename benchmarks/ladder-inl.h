@@ -84,15 +84,16 @@ static void gather_slices(const GatherWork& w) {
 
 // A slice of kLines cache lines, groups [first, last): the shipped gather of int8 without its case of tables left over,
 // for which the codes and scores behind the last table must be 0 and its memory readable.
-template <int kLines, bool kAhead>
-static void gather_dot_of(const GatherWork& w, int slice, int first, int last, int64_t ahead) {
+template <int kLines, bool kPrefetch>
+static void gather_dot_of(const GatherWork& w, int slice, int first, int last, int64_t prefetch_tokens) {
   const int reads = w.tables.reads, slots = w.tables.slots();
   constexpr size_t kRow = 64 * kLines;
   const size_t table_bytes = w.tables.table_rows * kRow;
   const uint8_t* const tables = w.tables.of_slice(slice) + 16 * first * table_bytes;
   for (int64_t token = 0; token < w.tokens; token++) {
     const size_t slot = (size_t)token * slots + (size_t)first * reads * 16;
-    const uint16_t *code = w.codes + slot, *next = code + (token + ahead < w.tokens ? ahead : 0) * slots;
+    const uint16_t *code = w.codes + slot,
+                   *next = code + (token + prefetch_tokens < w.tokens ? prefetch_tokens : 0) * slots;
     const uint8_t *score = w.quantised + slot, *group = tables;
     int32_t* const saved = w.sums + token * w.tables.slice;
     i32x16 sum[4 * kLines];
@@ -102,7 +103,7 @@ static void gather_dot_of(const GatherWork& w, int slice, int first, int last, i
         for (int t = 0; t < tables_of_group(w.tables.num_tables, g); t += 4) {
           const uint8_t *base = group + t * table_bytes, *row[4];
           for (int k = 0; k < 4; k++) row[k] = base + k * table_bytes + code[t + k] * kRow;
-          if (kAhead)
+          if (kPrefetch)
             for (int k = 0; k < 4; k++)
               for (int line = 0; line < kLines; line++)
                 prefetch(base + k * table_bytes + next[t + k] * kRow + 64 * line);
@@ -120,12 +121,12 @@ static void gather_dot_of(const GatherWork& w, int slice, int first, int last, i
   }
 }
 
-static void gather_dot(const GatherWork& w, int slice, int first, int last, int64_t ahead) {
+static void gather_dot(const GatherWork& w, int slice, int first, int last, int64_t prefetch_tokens) {
   if (w.tables.slice == 64)
-    return ahead ? gather_dot_of<1, true>(w, slice, first, last, ahead)
-                 : gather_dot_of<1, false>(w, slice, first, last, 0);
-  return ahead ? gather_dot_of<2, true>(w, slice, first, last, ahead)
-               : gather_dot_of<2, false>(w, slice, first, last, 0);
+    return prefetch_tokens ? gather_dot_of<1, true>(w, slice, first, last, prefetch_tokens)
+                           : gather_dot_of<1, false>(w, slice, first, last, 0);
+  return prefetch_tokens ? gather_dot_of<2, true>(w, slice, first, last, prefetch_tokens)
+                         : gather_dot_of<2, false>(w, slice, first, last, 0);
 }
 
 // ---- Projection -----------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ struct LadderKernels {
   void (*vectors)(const GatherWork&);
   void (*registers)(const GatherWork&);
   void (*slices)(const GatherWork&);
-  void (*dot)(const GatherWork&, int slice, int first, int last, int64_t ahead);
+  void (*dot)(const GatherWork&, int slice, int first, int last, int64_t prefetch_tokens);
   void (*unfolded)(const Projection&, const float* x, float* z, const ProjectScratch&);  // one token
   void (*folded)(const Projection&, const float* x, float* z, const ProjectScratch&);
 };

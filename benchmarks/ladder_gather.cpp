@@ -301,12 +301,12 @@ std::vector<Rung> gather_rungs(const Shape& shape, const Kernels& kernels) {
                        return (*data)->work(format, slice, huge, body);
                      }});
   };
-  const auto dot = [&own](int groups_per_block, int64_t ahead) {
+  const auto dot = [&own](int groups_per_block, int64_t prefetch_tokens) {
     return [=, &own](const GatherWork& w) {
       const int block = std::min(groups_per_block, w.groups());
       for (int slice = 0; slice < w.slices(); slice++)
         for (int g = 0; g < w.groups(); g += block)
-          own.dot(w, slice, g, std::min(g + block, w.groups()), std::min(ahead, w.tokens - 1));
+          own.dot(w, slice, g, std::min(g + block, w.groups()), std::min(prefetch_tokens, w.tokens - 1));
     };
   };
   constexpr int kAll = 1 << 20;

@@ -8,6 +8,7 @@
 
 #include "ladder.h"
 #include "ladder_tools.h"
+#include "ladder_weights.h"
 
 namespace lookupffn {
 namespace {
@@ -29,20 +30,6 @@ void hadamard(double* y, int size, size_t stride) {
         y[i * stride] = a + b;
         y[(i + h) * stride] = a - b;
       }
-}
-
-// A projection in packed weights (kernels.h).
-struct Weights {
-  lookupffn::Projection projection;
-  Array<uint8_t> words;
-  Array<float> scales, levels;
-  Array<int32_t> offsets;
-};
-
-size_t word_place(const lookupffn::Projection& p, int stage, int n, int o, int i) {  // `stage` counts over all repeats
-  const int word = 4 / int(element_size(p.type)), words = p.block_in / word, group = panels_of_group(p.block_out);
-  const size_t panel = (size_t(stage) * p.blocks + n) * (p.block_out / kLanes) + o / kLanes / group * group;
-  return ((panel * words + i / word * group + o / kLanes % group) * kLanes + o % kLanes) * word + i % word;
 }
 
 struct Scratch : ProjectScratch {
@@ -151,8 +138,7 @@ class Projecting {
     return p;
   }
 
-  void project_tile(const lookupffn::Projection& p, const InferenceKernels& k, int64_t token, int tokens,
-                    float* z) const {
+  void project_tile(const Projection& p, const InferenceKernels& k, int64_t token, int tokens, float* z) const {
     k.project(p, {.x = {x_.get(), s_.width, false},
                   .token = token,
                   .tokens = tokens,
@@ -187,7 +173,7 @@ class Projecting {
     }
   }
 
-  // ---- Weights --------------------------------------------------------------------------------------------------------
+  // ---- Weights ------------------------------------------------------------------------------------------------------
 
   double weight(int stage, int n, int o, int i) const {
     return weight_[((size_t(stage) * blocks_ + n) * block_ + o) * block_ + i];
@@ -229,7 +215,7 @@ class Projecting {
       for (int o = 0; o < outputs_; o++) values[size_t(o) * in + i] = column[o];
       unit[i] = 0;
     }
-    if (form == Form::kDense) return packed(WeightType::kFloat32, 1, 1, 1, in, out, values, 1, 0);
+    if (form == Form::kDense) return packed(sizes(WeightType::kFloat32, 1, 1, 1, in, out, 1, 0), values);
     std::unique_ptr<Weights> w(new Weights{
         {}, Array<uint8_t>(size_t(s_.width) * outputs_ * 4), Array<float>(0), Array<float>(0), Array<int32_t>(0)});
     float* const transposed = reinterpret_cast<float*>(w->words.get());
@@ -249,68 +235,28 @@ class Projecting {
     const WeightType type = form == Form::kInt8    ? WeightType::kInt8
                             : form == Form::kInt16 ? WeightType::kInt16
                                                    : WeightType::kFloat32;
-    return packed(type, repeats_, kStages, blocks_, block_, block_, values, float(kDecay), float(1 - kDecay));
+    return packed(sizes(type, repeats_, kStages, blocks_, block_, block_, float(kDecay), float(1 - kDecay)), values);
   }
 
-  // values (R, stages, n, out, in) as packed weights, integers as format._quantised_weights chooses them.
-  std::unique_ptr<Weights> packed(WeightType type, int repeats, int stages, int blocks, int in, int out,
-                                  const std::vector<double>& values, float scale, float residual) const {
-    const size_t outputs = size_t(repeats) * stages * blocks * out, each = size_t(blocks) * out;
-    std::unique_ptr<Weights> w(new Weights{{},
-                                           Array<uint8_t>(values.size() * element_size(type)),
-                                           Array<float>(outputs),
-                                           Array<float>(size_t(repeats) * stages),
-                                           Array<int32_t>(outputs)});
-    w->projection = {.type = type,
-                     .in_features = s_.width,
-                     .stages = stages,
-                     .repeats = repeats,
-                     .blocks = blocks,
-                     .block_in = in,
-                     .block_out = out,
-                     .scale = scale,
-                     .residual = residual,
-                     .weights = w->words.get(),
-                     .scales = w->scales.get(),
-                     .offsets = w->offsets.get(),
-                     .levels = w->levels.get(),
-                     .bias = bias_.get()};
-
-    std::vector<double> largest(outputs), sum(outputs);
-    for (size_t o = 0; o < outputs; o++)
-      for (int i = 0; i < in; i++) {
-        const double magnitude = std::abs(values[o * in + i]);
-        largest[o] = std::max(largest[o], magnitude);
-        sum[o] += magnitude;
-      }
-    double most = 127, ratio = 1;
-    for (size_t o = 0; o < outputs; o++) ratio = std::max(ratio, sum[o] / largest[o]);
-    if (type == WeightType::kInt16) most = std::min(32767.0, std::floor(std::sqrt(0x1p31 / (2 * ratio))));
-    std::vector<double> largest_sum(size_t(repeats) * stages, 1);
-    for (size_t o = 0; o < outputs; o++) {
-      const size_t stage = o / each, n = o % each / out;
-      w->scales[o] = float(largest[o] / most);
-      double magnitudes = 0;
-      for (int i = 0; i < in; i++) {
-        const size_t place = word_place(w->projection, int(stage), int(n), int(o % out), i);
-        const double value = values[o * in + i];
-        const int whole = type == WeightType::kFloat32 ? 0 : int(std::lrint(value / w->scales[o]));
-        if (type == WeightType::kFloat32) reinterpret_cast<float*>(w->words.get())[place] = float(value);
-        if (type == WeightType::kInt16) reinterpret_cast<int16_t*>(w->words.get())[place] = int16_t(whole);
-        if (type == WeightType::kInt8) w->words[place] = uint8_t(int8_t(whole));
-        w->offsets[o] -= 128 * whole;
-        magnitudes += std::abs(whole);
-      }
-      largest_sum[stage] = std::max(largest_sum[stage], magnitudes);
-    }
-    for (size_t stage = 0; stage < w->levels.size(); stage++) {
-      const double level = type == WeightType::kInt8 ? 127 : std::floor((0x1p31 - 1) / largest_sum[stage]);
-      w->levels[stage] = float(std::min(32767.0, level));
-    }
-    return w;
+  Projection sizes(WeightType type, int repeats, int stages, int blocks, int in, int out, float scale,
+                   float residual) const {
+    return {.type = type,
+            .in_features = s_.width,
+            .stages = stages,
+            .repeats = repeats,
+            .blocks = blocks,
+            .block_in = in,
+            .block_out = out,
+            .scale = scale,
+            .residual = residual,
+            .weights = nullptr,
+            .scales = nullptr,
+            .offsets = nullptr,
+            .levels = nullptr,
+            .bias = bias_.get()};
   }
 
-  // ---- Checks ---------------------------------------------------------------------------------------------------------
+  // ---- Checks -------------------------------------------------------------------------------------------------------
 
   // z of the first inputs against the definition in double: the error of a token, and ten times as much at any place,
   // in root mean squares of its whole z.
@@ -338,7 +284,7 @@ class Projecting {
   }
 
   // Codes and scores of the first inputs, bit for bit those of each token's z alone; nearest ones also as defined.
-  std::string check_hash(const lookupffn::Projection& p, const InferenceKernels& k) const {
+  std::string check_hash(const Projection& p, const InferenceKernels& k) const {
     Array<float> z(z_stride_), scores(slots_);
     Array<uint16_t> codes(slots_);
     for (int64_t token : sampled(s_.tokens)) {

@@ -49,18 +49,42 @@ inline void run_on_torch(int tasks, void (*task)(void*, int), void* context) {
 
 inline ThreadPool torch_threads() { return {forked ? 1 : int(torch::stable::get_num_threads()), run_on_torch}; }
 
-// Memory for one call.
+// Memory for one call. A thread keeps a small one for its next call: the system would map its pages anew each time,
+// which costs a call of a few tokens more than its products. A large one is given back at once.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes) : memory_(bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr) {
-    if (bytes && !memory_) throw std::bad_alloc();
+  explicit Workspace(size_t bytes) {
+    Kept& kept = of_thread();
+    if (bytes > kept.bytes) {
+      std::free(kept.memory);
+      kept = {};
+      kept.memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+      if (!kept.memory) throw std::bad_alloc();
+      kept.bytes = bytes;
+    }
   }
-  ~Workspace() { std::free(memory_); }
+  ~Workspace() {
+    Kept& kept = of_thread();
+    if (kept.bytes <= kMostKept) return;
+    std::free(kept.memory);
+    kept = {};
+  }
   Workspace(const Workspace&) = delete;
-  void* get() const { return memory_; }
+  void* get() const { return of_thread().memory; }
 
  private:
-  void* memory_;
+  static constexpr size_t kMostKept = 4 << 20;
+  struct Kept {
+    void* memory = nullptr;
+    size_t bytes = 0;
+  };
+  struct Freed : Kept {
+    ~Freed() { std::free(memory); }
+  };
+  static Kept& of_thread() {
+    static thread_local Freed kept;
+    return kept;
+  }
 };
 
 // An uninitialised tensor on the CPU. The stable ABI's own functions go through the dispatcher, which takes longer than

@@ -119,7 +119,8 @@ struct FloatRows {
 };
 
 template <typename RowType, bool kPrefetch>
-static void gather_tokens(const GatherArgs& a) {
+static void gather_tokens(const GatherArgs& args) {
+  const GatherArgs a = args;  // a copy that no store below can change, so that it stays in registers
   constexpr int kSums = RowType::kSums;
   const int num_tables = a.tables.num_tables, reads = a.tables.reads, slots = a.tables.slots();
   const size_t table_bytes = (size_t)a.tables.table_rows * RowType::kBytes;
@@ -137,7 +138,10 @@ static void gather_tokens(const GatherArgs& a) {
     for (int g = a.first; g < a.last; g++, table += 16 * table_bytes) {
       const int tables = tables_of_group(num_tables, g);
       for (int n = 0; n < reads; n++, code += 16, score += 16, next += 16)
-        RowType::template add_rows<kPrefetch>(sum, table, table_bytes, tables, code, score, next);
+        if (tables == 16)  // for all but the last group: a number that the compiler knows
+          RowType::template add_rows<kPrefetch>(sum, table, table_bytes, 16, code, score, next);
+        else
+          RowType::template add_rows<kPrefetch>(sum, table, table_bytes, tables, code, score, next);
     }
     if (ends)
       RowType::finish(a, token, sum);

@@ -123,16 +123,22 @@ Tensor plan(const Tensor& packed, int64_t tokens, const Tensor& tiling, int64_t 
   return out;
 }
 
-// Runs a call with `tokens` random tokens, its threads in turn. `prefetch` replaces the plan's early_slices and
-// tokens_ahead, where it is given: for a part of a larger call. Returns {"loops": {"stage.loop": {kind: operations}},
-// "lines": {...}, "project_calls": n}; lines of 64 bytes loaded from the weights and from the tables' rows, all and
-// different ones.
+// Runs a call with `tokens` random tokens, its threads in turn. `larger` are groups_per_block, early_slices and
+// tokens_ahead of the plan of a larger call, where these tokens are a part of one. Returns {"loops": {"stage.loop":
+// {kind: operations}}, "lines": {...}, "project_calls": n}; lines of 64 bytes loaded from the weights and from the
+// tables' rows, all and different ones.
 std::string count_operations(const Tensor& packed, int64_t tokens, const Tensor& tiling, int64_t threads,
-                             std::vector<int64_t> prefetch) {
+                             std::vector<int64_t> larger) {
   const Layer l = open(packed);
   Plan p = plan_of(l, tokens, tiling, threads);
-  check(prefetch.empty() || prefetch.size() == 2, "prefetch must be early_slices and tokens_ahead, or nothing");
-  if (!prefetch.empty()) p.prefetch = {.early_slices = int(prefetch[0]), .tokens_ahead = int(prefetch[1])};
+  check(larger.empty() || (larger.size() == 3 && larger[0] >= 1),
+        "larger must be groups_per_block, early_slices and tokens_ahead, or nothing");
+  if (!larger.empty()) {
+    p.groups_per_block = int(std::min<int64_t>(larger[0], l.groups));
+    p.prefetch = {.early_slices = int(larger[1]), .tokens_ahead = int(larger[2])};
+    p.thread_bytes +=
+        size_t(p.chunk) * kMaxSlice * sizeof(float) + 128;  // sums between blocks, which this call has not
+  }
   const std::vector<float> x = numbers(size_t(tokens) * l.h.in_features);
   std::vector<float> y(size_t(tokens) * l.h.out_features);
   const Workspace workspace(p.workspace_bytes());
@@ -182,8 +188,8 @@ std::string count_training(int64_t num_tables, int64_t code_bits, int64_t reads,
   const ThreadPool one = {1, nullptr};
   const Tables tables = {const_cast<float*>(weights.data()), num_tables, rows, width, false};
   const Reads read = {codes.data(), scores.data(), tokens, int(reads)};
-  const Workspace forward(gather_workspace_bytes(tables, read, 1)),
-      backward(gather_backward_workspace_bytes(tables, read, 1));
+  const Workspace workspace(
+      std::max(gather_workspace_bytes(tables, read, 1), gather_backward_workspace_bytes(tables, read, 1)));
 
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const TrainingKernels& k = counting::kTraining;
@@ -192,9 +198,9 @@ std::string count_training(int64_t num_tables, int64_t code_bits, int64_t reads,
     counted_stage = "hash.";
     train_hash(k, {z.data(), count, 0, 0, int(code_bits), int(reads), codes.data(), scores.data()}, one);
     counted_stage = "gather.";
-    train_gather(k, tables, read, y.data(), forward.get(), one);
+    train_gather(k, tables, read, y.data(), workspace.get(), one);
     counted_stage = "gather backward.";
-    train_gather_backward(k, grad.data(), tables, read, {grad_tables.data(), grad_scores.data()}, backward.get(), one);
+    train_gather_backward(k, grad.data(), tables, read, {grad_tables.data(), grad_scores.data()}, workspace.get(), one);
     counted_stage = "hash backward.";
     train_hash_backward(
         k, {grad_scores.data(), z.data(), codes.data(), count, 0, 0, int(code_bits), int(reads), grad_z.data()}, one);
@@ -206,7 +212,7 @@ std::string count_training(int64_t num_tables, int64_t code_bits, int64_t reads,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lookupffn_lab, m) {
   m.def("plan(Tensor packed, int tokens, Tensor tiling, int threads) -> Tensor");
-  m.def("count_operations(Tensor packed, int tokens, Tensor tiling, int threads, int[] prefetch=[]) -> str");
+  m.def("count_operations(Tensor packed, int tokens, Tensor tiling, int threads, int[] larger=[]) -> str");
   m.def("count_training(int num_tables, int code_bits, int reads, int width, int tokens) -> str");
 }
 

@@ -296,7 +296,10 @@ Plan make_plan(const Layer& l, int64_t tokens, const Tiling& tiling, int threads
   p.chunk = std::min(tokens, kChunk);
   p.threads = serial ? 1 : threads;
   p.tile = int(std::clamp<int64_t>(std::min<int64_t>(tiling.tile_tokens, tokens), 1, kMaxTile));
-  p.groups_per_block = std::clamp(tiling.groups_per_block, 1, l.groups);
+  // A block pays where its rows are read from L2 once more; a chunk that reads few of them gathers all tables in one
+  // go.
+  const bool rows_come_again = p.chunk * l.h.reads > l.h.table_rows;
+  p.groups_per_block = rows_come_again ? std::clamp(tiling.groups_per_block, 1, l.groups) : l.groups;
   p.token_parts = p.threads / std::gcd(p.threads, l.slices);  // as few as give every thread as much
   p.prefetch = choose_prefetch(l, tokens, tiling.prefetch_distance, p.groups_per_block, serial);
   p.shared_bytes = bytes_of<Shared>(l, p);

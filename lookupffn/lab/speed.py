@@ -70,7 +70,7 @@ def _ffns(encoders: dict[str, LookupRobertaModel], inputs: dict[str, Tensor]) ->
     chain = nn.Sequential(dense.up, nn.GELU(), dense.down)
     found, failed = dense_runs(chain, inputs["dense"], torch.get_num_threads())
     runs: dict[Form, Run] = {("dense", _name(e.name, e.compiled), e.dtype): run for e, run in found.items()}
-    left_out = {f"dense, {_name(e.name, e.compiled)}, {e.dtype}": reason for e, reason in failed.items()}
+    left_out = {f"dense in {_name(e.name, e.compiled)} {e.dtype}": reason for e, reason in failed.items()}
     packed = isinstance(lookup, PackedLookupFFN)
     for compiled in (False, True):
         name = _name("PyTorch", compiled)
@@ -90,8 +90,7 @@ def _encoders(encoders: dict[str, LookupRobertaModel], ids: Tensor) -> tuple[dic
         for dtype in (torch.float32, torch.bfloat16):
             model = copy.deepcopy(encoder).to(dtype)
             for compiled in (False, True):
-                engine = _name("PyTorch", compiled) + (f" with lookupffn {native.implementation()}" if packed else "")
-                form = ffn, engine, str(dtype).removeprefix("torch.") + packed
+                form = ffn, _name("PyTorch", compiled), str(dtype).removeprefix("torch.") + packed
                 _add(runs, left_out, form, partial(torch_runner, model, [ids], compiled=compiled))
     return runs, left_out
 
@@ -105,7 +104,7 @@ def _add(runs: dict[Form, Run], left_out: dict[str, str], form: Form, build: Cal
     try:
         runs[form] = build()
     except Exception as error:  # no compiler, or no such type here: the others are timed all the same
-        left_out[", ".join(form)] = first_line(error)
+        left_out["{} in {} {}".format(*form)] = first_line(error)
 
 
 def _ffn_input(encoder: LookupRobertaModel, batch: Tensor) -> Tensor:

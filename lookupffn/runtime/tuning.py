@@ -31,7 +31,8 @@ class Tiling:
     """Loop sizes of the engine; the result is the same bits for all of them.
 
     tile_tokens: tokens projected at once, so that their activations stay in L1 and a block's weights are read once.
-    groups_per_block: groups of 16 tables gathered at once, so that a slice of their rows stays in L2.
+    groups_per_block: groups of 16 tables gathered at once, so that a slice of their rows stays in L2; calls of so few
+        tokens that they read a row less than once gather all tables at once.
     prefetch_distance: how many rows ahead of their use rows are prefetched, 0 for not at all.
     serial_tokens: batches up to this size run on the calling thread alone.
     """

@@ -32,7 +32,7 @@ def time_twins(encoders, batch):
              "fastest": second == (tokens > 1), "us_per_token": us, "us_per_token_low": us, "us_per_token_high": us,
              "runs": 9, "threads": 2}
         )  # fmt: skip
-    return timings, [{"what": "ffn", "engine": "dense, third, int8", "reason": "is not there"}]
+    return timings, [{"what": "ffn", "engine": "dense in third int8", "reason": "is not there"}]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_report_json_keeps_its_keys(folder):
     assert blocks > 16  # on which the curve is evaluated
     assert report["tokens_evaluated"] == blocks * 19  # the whole validation set
     assert 0 < report["unigram_entropy"] < 6
-    assert report["engines_left_out"] == [{"what": "ffn", "engine": "dense, third, int8", "reason": "is not there"}]
+    assert report["engines_left_out"] == [{"what": "ffn", "engine": "dense in third int8", "reason": "is not there"}]
     for ffn, macs in (("dense", 2 * 128 * 512), ("lookup", 32 * 8 * 4 * 8 + 32 * 3 * 128)):
         model = report["models"][ffn]
         assert model["ffn_macs_per_token"] == macs

@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [*ROOT.glob("benchmarks/ladder*.cpp"), *ROOT.glob("csrc/kernels/*.cpp")]
 ARM = os.uname().machine == "aarch64"
 
-pytestmark = pytest.mark.slow  # an exhibit: it compiles for minutes, and nothing depends on it
 pytestmark = pytest.mark.slow  # an exhibit: nothing that users run depends on it
 
 

@@ -165,7 +165,10 @@ def _report():
         "tokens_evaluated": 9011,
         "unigram_entropy": 5.913,
         "models": {"dense": dense, "lookup": lookup},
-        "engines_left_out": [{"what": "ffn", "engine": "dense, OpenVINO, float32", "reason": "openvino is missing"}],
+        "engines_left_out": [
+            {"what": what, "engine": f"dense in OpenVINO {dtype}", "reason": "openvino is missing"}
+            for what, dtype in (("ffn", "float32"), ("ffn", "bfloat16"), ("model", "float32"))
+        ],
         "fills": [
             {"text": "import <mask>\nfrom collections import deque\n", **guesses},
             {
@@ -255,7 +258,7 @@ def test_figures_follow_the_theme(page):
         "dense PyTorch eager float32 121 19.9 dense PyTorch compiled bfloat16 150 17.3",
         "lookup lookupffn avx512_vnni int8 310 39.8",
         "dense PyTorch compiled bfloat16 1,500 96.7 lookup lookupffn avx512_vnni int8 2,141 188",
-        "Left out: dense, OpenVINO, float32 (openvino is missing).",
+        "Left out: dense in OpenVINO float32, dense in OpenVINO bfloat16 (openvino is missing).",
         "3 71 % 82 % 3 of 512 0.70",
         "␣os 41 % ␣sys 22 %",
         "lookupffn demo , seed 0, 2026-11-20T23:40:00Z",

@@ -59,8 +59,8 @@ def test_every_form_computes_its_model_and_takes_its_turn(encoders, batch, monke
     timings, left_out = speed.time_twins(encoders, batch)
     assert sorted(seen) == [False] * 10 + [True] * 10  # at two sizes one FFN, and two encoders in two types
     assert left_out == [
-        {"what": "ffn", "engine": "dense, Broken, int8", "reason": "no such instruction"},
-        {"what": "ffn", "engine": "dense, Absent, int8",
+        {"what": "ffn", "engine": "dense in Broken int8", "reason": "no such instruction"},
+        {"what": "ffn", "engine": "dense in Absent int8",
          "reason": "absent_engine is not installed: pip install 'lookupffn[bench]'"},
     ]  # fmt: skip
 
@@ -68,12 +68,12 @@ def test_every_form_computes_its_model_and_takes_its_turn(encoders, batch, monke
     ffn_forms = [("dense", "PyTorch eager", "float32"), ("dense", "PyTorch eager", "bfloat16")]
     if native.available():
         ffn_forms += [("lookup", kernels, "int8"), ("lookup", f"{kernels}, compiled", "int8")]
-        added, packed = f" with {kernels}", ", FFN int8"
+        packed = ", FFN int8"
     else:
         ffn_forms += [("lookup", "PyTorch eager", "float32"), ("lookup", "PyTorch compiled", "float32")]
-        added = packed = ""
+        packed = ""
     model_forms = [
-        (ffn, f"PyTorch {how}" + (added if ffn == "lookup" else ""), dtype + (packed if ffn == "lookup" else ""))
+        (ffn, f"PyTorch {how}", dtype + (packed if ffn == "lookup" else ""))
         for ffn in ("dense", "lookup") for dtype in ("float32", "bfloat16") for how in ("eager", "compiled")
     ]  # fmt: skip
     assert [list(outputs) for outputs in rounds] == [ffn_forms, model_forms] * 2

@@ -117,9 +117,9 @@ def _counted(case: Case) -> Count:
 
 @functools.cache
 def _part(layer: Case, tokens: int, threads: int, groups_per_block: int, early: int, ahead: int) -> Stages:
-    """The operations of some tokens in one tile, with the prefetching of the call that they are a part of."""
-    sizes = _sizes(Tiling(tile_tokens=tokens, groups_per_block=groups_per_block, serial_tokens=0))
-    return _stages(operators().count_operations(blank(layer), tokens, sizes, threads, [early, ahead]))
+    """The operations of some tokens in one tile, with blocks and prefetching of the call that they are a part of."""
+    sizes, larger = _sizes(Tiling(tile_tokens=tokens, serial_tokens=0)), [groups_per_block, early, ahead]
+    return _stages(operators().count_operations(blank(layer), tokens, sizes, threads, larger))
 
 
 def _sizes(t: Tiling) -> Tensor:

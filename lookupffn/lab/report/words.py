@@ -148,6 +148,14 @@ def _packed(lookup):
     return [text]
 
 
+def left_out(report):
+    """Why some engines were not timed: (reason, engines) pairs."""
+    by_reason = {}
+    for one in report["engines_left_out"]:
+        by_reason.setdefault(one["reason"], {})[one["engine"]] = None
+    return by_reason.items()
+
+
 def _speed(dense, lookup, what, name):
     clauses, timed, fastest = [], [], {"dense": [], "lookup": []}
     for tokens, than in ((512, " than the fastest dense"), (1, "")):

@@ -27,7 +27,7 @@ CASES = [
         for tokens in (1, 12)
     ),
     *(
-        Case(SMALL, dtype, 24, tiling=tiling)
+        Case(SMALL, dtype, 100, tiling=tiling)  # which read a row more than once: tables in blocks
         for dtype in PROJECTION_DTYPES
         for tiling in (Tiling(prefetch_distance=0), Tiling(groups_per_block=1))
     ),

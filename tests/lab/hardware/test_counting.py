@@ -92,8 +92,11 @@ def test_operations_of_a_small_layer_by_hand():
     assert "hash.prefetch rows" not in many
     assert many["gather.rows"]["prefetch"] == 192 * 4
     assert "prefetch" not in by_hand(Case(SMALL, "int8", 512, tiling=Tiling(prefetch_distance=0)))["gather.rows"]
-    blocks = by_hand(Case(SMALL, "int8", 512, tiling=Tiling(groups_per_block=1)))["gather.rows"]
+    one_each = Tiling(groups_per_block=1)
+    blocks = by_hand(Case(SMALL, "int8", 512, tiling=one_each))["gather.rows"]
     assert blocks["load"] - rows["load"] == 3 * 256 / 16, "sums between four blocks"
+    few = Case(SMALL, "int8", 24, tiling=one_each)  # 72 reads of 256 rows
+    assert by_hand(few)["gather.rows"] == many["gather.rows"], "nothing comes again: one block"
     for dtype, lines in (("bfloat16", 2), ("float32", 1)):
         rows = by_hand(Case(SMALL, dtype, 1))["gather.rows"]
         assert rows["fma"] == 192 * 256 / 16
@@ -183,8 +186,9 @@ def test_the_operators_refuse_what_does_not_fit():
             lab.plan(*arguments)
         with pytest.raises(RuntimeError, match="lookupffn: "):
             lab.count_operations(*arguments)
-    with pytest.raises(RuntimeError, match="prefetch must be"):
-        lab.count_operations(packed, 1, sizes, 1, [1])
+    for larger in ([1], [0, 0, 0]):
+        with pytest.raises(RuntimeError, match="larger must be"):
+            lab.count_operations(packed, 1, sizes, 1, larger)
     for shape in ((0, 4, 1, 64, 16), (16, 17, 1, 64, 16), (16, 4, 5, 64, 16), (1 << 20, 16, 1, 1 << 20, 16)):
         with pytest.raises(RuntimeError, match="sizes must be positive"):
             lab.count_training(*shape)

@@ -92,16 +92,16 @@ def test_different_lines_of_rows_are_as_many_as_with_uniform_codes(case):
 
 
 def test_lines_of_a_gather_by_hand():
-    """64 tables of 256 rows, three reads, two slices of two lines, in four blocks; 24 tokens, two layers in turn."""
-    case = Case(SMALL, "int8", 24, layers=2, tiling=Tiling(groups_per_block=1))
-    share = 1 - (1 - 3 / 256) ** 24
+    """64 tables of 256 rows, three reads, two slices of two lines, in four blocks; 96 tokens, two layers in turn."""
+    case = Case(SMALL, "int8", 96, layers=2, tiling=Tiling(groups_per_block=1))
+    share = 1 - (1 - 3 / 256) ** 96
     first, again, reads, sums, y = next(loop for loop in loops(case)["gather"]).traffic
-    assert (first.lines, first.bytes) == (pytest.approx(share * 64 * 256 * 4 / 24), 2 * 64 * 256 * 256)
+    assert (first.lines, first.bytes) == (pytest.approx(share * 64 * 256 * 4 / 96), 2 * 64 * 256 * 256)
     assert (first.pattern, again.pattern) == ("runs_of_2", "draws_of_2")
     assert (again.lines, again.bytes) == (pytest.approx(192 * 4 - first.lines), pytest.approx(share * 16 * 256 * 128))
-    assert (reads.lines, reads.bytes) == (2 * 192 * 3 / 64, 24 * 192 * 3)
-    assert (sums.lines, sums.bytes) == (2 * 2 * 3 * 8, 24 * 512)
-    assert (y.lines, y.bytes) == (2 * 16, 24 * 1024)
+    assert (reads.lines, reads.bytes) == (2 * 192 * 3 / 64, 96 * 192 * 3)
+    assert (sums.lines, sums.bytes) == (2 * 2 * 3 * 8, 96 * 512)
+    assert (y.lines, y.bytes) == (2 * 16, 96 * 1024)
     alone = Case(SMALL, "int8", 24, tiling=Tiling(prefetch_distance=0))
     assert [t.pattern for t in loops(alone)["gather"][0].traffic[:2]] == ["runs_of_2_read", "draws_of_2_read"]
     of_thread = next(loop for loop in loops(Case(SMALL, "int8", 64, threads=2))["gather"]).traffic[0]
