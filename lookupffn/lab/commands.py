@@ -54,7 +54,7 @@ def demo(
     output_dir: Annotated[str, typer.Option(help="folder of the report, replaced if it is there")] = "runs/demo",
     minutes: Annotated[
         float, typer.Option(help="time to train both models; the number of steps follows from it")
-    ] = 7.5,
+    ] = 5.5,
     steps: Annotated[int | None, typer.Option(help="optimizer steps of each model, instead of a time")] = None,
     seed: Annotated[int, typer.Option(help="of initialisation, data order and masks")] = 0,
 ):

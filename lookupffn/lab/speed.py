@@ -24,6 +24,7 @@ BLOCK_SECONDS, PAUSE_SECONDS = 20e-3, 1e-3  # as the benchmark has them, lest on
 Form = tuple[str, str, str]  # model, engine, dtype
 
 
+@torch.no_grad()
 def time_twins(encoders: dict[str, LookupRobertaModel], batch: Tensor) -> tuple[dict[str, list[dict]], list[dict]]:
     """What one FFN and the encoder of both models take at each size of TIMED_TOKENS, and what was left out and why.
 

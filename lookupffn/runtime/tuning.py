@@ -22,6 +22,7 @@ from lookupffn.layer import LookupConfig
 LANES = 16  # tables of a group
 L2_BYTES = 1 << 20  # where the system does not tell
 L2_SHARE = 0.75  # of an L2 cache, for the rows of a block; codes, scores and output need the rest
+WHOLE_SHARE = 2.0  # up to which all tables are one block: sums that wait in memory between blocks cost more
 TIMED_TOKENS = 256
 ROUNDS = 7
 
@@ -67,14 +68,17 @@ def _l2_bytes() -> int:
 def default_tiling(header: dict) -> Tiling:
     """Loop sizes by the caches, for the layer that ``header`` (``format.read_header``) describes.
 
-    ``groups_per_block`` is the largest of :func:`block_sizes` whose slices, ``16 groups table_rows slice`` entries,
-    fill at most ``L2_SHARE`` of an L2 cache; a block of one group where even that does not fit.
+    All groups are one block where their slices, ``16 groups table_rows slice`` entries, fill at most ``WHOLE_SHARE`` of
+    an L2 cache; else ``groups_per_block`` is the largest of :func:`block_sizes` that fits ``L2_SHARE`` of one, or 1.
     """
     slice_bytes = header["section_bytes"]["tables"] // -(-header["out_features"] // header["slice"])
     group_bytes = LANES * slice_bytes // header["num_tables"]
-    fitting = (n for n in block_sizes(header["num_tables"]) if n * group_bytes <= L2_SHARE * _l2_bytes())
+    whole, *parts = block_sizes(header["num_tables"])
+    groups = next((n for n in parts if n * group_bytes <= L2_SHARE * _l2_bytes()), 1)
+    if whole * group_bytes <= WHOLE_SHARE * _l2_bytes():
+        groups = whole
     tile = 16 if native.implementation() == "amx" else Tiling.tile_tokens  # whose tiles are 16 tokens high
-    return Tiling(tile_tokens=tile, groups_per_block=next(fitting, 1))
+    return Tiling(tile_tokens=tile, groups_per_block=groups)
 
 
 # ---- Timed -----------------------------------------------------------------------------------------------------------

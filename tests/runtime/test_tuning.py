@@ -37,15 +37,23 @@ def test_block_sizes_are_all_tables_and_their_halves():
 
 @pytest.mark.parametrize(
     ("tables", "l2_kib", "groups"),
-    [("int8", 1024, 2), ("int8", 1 << 20, 2), ("int8", 171, 2), ("int8", 170, 1), ("int8", 1, 1), ("bfloat16", 342, 2),
-     ("bfloat16", 341, 1), ("float32", 683, 2), ("float32", 682, 1)],
+    [("int8", 1 << 20, 4), ("int8", 128, 4), ("int8", 127, 1), ("int8", 1, 1), ("bfloat16", 256, 4),
+     ("bfloat16", 255, 1), ("float32", 512, 4), ("float32", 511, 1)],
 )  # fmt: skip
-def test_a_block_is_as_many_tables_as_fill_three_quarters_of_l2(tables, l2_kib, groups, monkeypatch):
-    # two groups of 16 tables of 32 rows, 128 outputs a slice: 128 KiB in int8
+def test_tables_of_up_to_twice_l2_are_one_block(tables, l2_kib, groups, monkeypatch):
+    # four groups of 16 tables of 32 rows, 128 outputs a slice: 256 KiB in int8
     monkeypatch.setattr(tuning, "_l2_bytes", lambda: l2_kib << 10)
-    config = LookupConfig(64, 256, num_tables=32, code_bits=5, block_size=16)
+    config = LookupConfig(64, 256, num_tables=64, code_bits=5, block_size=16)
     tiling = default_tiling(read_header(encode(layer_of(config), tables, "int8")))
     assert tiling.groups_per_block == groups
+
+
+@pytest.mark.parametrize(("l2_kib", "groups"), [(256, 8), (255, 2), (171, 2), (170, 1), (85, 1), (1, 1)])
+def test_of_more_tables_a_block_fills_at_most_three_quarters_of_l2(l2_kib, groups, monkeypatch):
+    # eight groups of 16 tables of 32 rows: 512 KiB
+    monkeypatch.setattr(tuning, "_l2_bytes", lambda: l2_kib << 10)
+    config = LookupConfig(64, 256, num_tables=128, code_bits=5, block_size=16)
+    assert default_tiling(read_header(encode(layer_of(config)))).groups_per_block == groups
 
 
 def test_without_a_description_of_the_caches_l2_is_taken_for_a_mebibyte(monkeypatch):
