@@ -74,14 +74,18 @@ std::vector<float> numbers(size_t count) {  // nearly normal, a sum of four unif
 
 Lines lines_of(const void* begin, const void* end) {
   const uint8_t *first = static_cast<const uint8_t*>(begin), *last = static_cast<const uint8_t*>(end);
-  return {first, last, 0, std::vector<bool>((last - first + 63) / 64)};
+  const size_t lines = (last - first + 63) / 64;
+  return {first, last, 0, std::vector<bool>(lines), std::vector<bool>(lines)};
 }
 
 std::string json(const char* name, const Lines& lines) {
-  int64_t different = 0;
-  for (bool loaded : lines.loaded) different += loaded;
+  int64_t different = 0, prefetched = 0;
+  for (size_t i = 0; i < lines.loaded.size(); i++) {
+    different += lines.loaded[i];
+    prefetched += lines.loaded[i] && lines.prefetched[i];
+  }
   return std::string("\"") + name + "\": {\"loads\": " + std::to_string(lines.loads) +
-         ", \"different\": " + std::to_string(different) + "}";
+         ", \"different\": " + std::to_string(different) + ", \"prefetched\": " + std::to_string(prefetched) + "}";
 }
 
 // A pool of any number of threads, of which the calling one does the work.

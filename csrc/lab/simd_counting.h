@@ -63,9 +63,14 @@ static inline void count(Kind kind, int64_t times = 1) { counts[kind] += times; 
 struct Lines {
   const uint8_t *begin, *end;
   int64_t loads;
-  std::vector<bool> loaded;
+  std::vector<bool> loaded, prefetched;
 };
 static Lines weight_lines, row_lines;
+static void count_prefetch(const void* p) {
+  count(kPrefetch);
+  if ((const uint8_t*)p >= row_lines.begin && (const uint8_t*)p < row_lines.end)
+    row_lines.prefetched[((const uint8_t*)p - row_lines.begin) / 64] = true;
+}
 static void count_line(const void* p) {
   for (Lines* lines : {&weight_lines, &row_lines})
     if ((const uint8_t*)p >= lines->begin && (const uint8_t*)p < lines->end) {
@@ -156,8 +161,8 @@ inline void store_bf16(uint16_t* p, f32x16 a) {
 inline bytes64 load_bytes(const void* p) { return count(kLoad), count_line(p), bytes64{plain::load_bytes(p)}; }
 inline f32x16 low_bf16(bytes64 a) { return count(kVector), f32x16{plain::low_bf16(a.v)}; }
 inline f32x16 high_bf16(bytes64 a) { return count(kVector), f32x16{plain::high_bf16(a.v)}; }
-inline void prefetch(const void*) { count(kPrefetch); }
-inline void prefetch_l2(const void*) { count(kPrefetch); }
+inline void prefetch(const void* p) { count_prefetch(p); }
+inline void prefetch_l2(const void* p) { count_prefetch(p); }
 
 inline bytes64 broadcast_word(const void* p) { return count(kLoad), bytes64{plain::broadcast_word(p)}; }
 inline f32x16 dot_f32(f32x16 acc, bytes64 x, bytes64 w) { return count(kFma), f32x16{plain::dot_f32(acc.v, x.v, w.v)}; }

@@ -91,6 +91,15 @@ def test_different_lines_of_rows_are_as_many_as_with_uniform_codes(case):
     assert first.share * of_tables == pytest.approx(first.lines * case.tokens * LINE)
 
 
+@pytest.mark.parametrize("case", [*FEW, Case(SMALL, tokens=3), Case(LARGE, "float32", 1)], ids=name)
+def test_rows_are_prefetched_before_they_are_read(case):
+    """All of them, or within the gather all but the first token's."""
+    lines, plan, c = whole_call(case)["lines"]["rows"], counting.count(case).plan, case.config
+    first_token = 0 if plan.early_slices else c.num_tables * c.reads * case.row_bytes // LINE
+    assert lines["different"] - first_token <= lines["prefetched"] <= lines["different"]
+    assert lines["prefetched"] == lines["different"] or plan.tokens_ahead
+
+
 def test_lines_of_a_gather_by_hand():
     """64 tables of 256 rows, three reads, two slices of two lines, in four blocks; 96 tokens, two layers in turn."""
     case = Case(SMALL, "int8", 96, layers=2, tiling=Tiling(groups_per_block=1))
