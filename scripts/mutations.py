@@ -122,7 +122,7 @@ MUTATIONS = [
         "true",
         CALLS,
     ),
-    Mutation("isa_index", "csrc/kernels/isas.cpp", "if (all[i].runs_here()) return i;", "return i;", KERNELS),
+    Mutation("isa_index", "csrc/kernels/isas.cpp", "if (!name.empty()) return find(name);", "", KERNELS),
     # ---- kernels of training
     Mutation(
         "hash_rows",

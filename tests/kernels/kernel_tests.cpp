@@ -400,6 +400,14 @@ std::string test_refusals(const Options& options) {
       EXPECT(!open_layer(bytes.data(), n, &l).empty(), "%zu of %zu bytes are taken", n, good.bytes->size());
       refused += 2;
     }
+    Guarded longer(good.bytes->size() + 64);  // and a header that agrees
+    memset(longer.data(), 0, longer.size());
+    memcpy(longer.data(), good.bytes->data(), good.bytes->size());
+    const uint64_t total = longer.size();
+    memcpy(longer.data() + offsetof(PackedHeader, total_bytes), &total, 8);
+    Layer l;
+    EXPECT(!open_layer(longer.data(), longer.size(), &l).empty(), "64 bytes too many are taken");
+    refused++;
   }
   return text("%d damaged layers refused", refused);
 }

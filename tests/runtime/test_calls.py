@@ -86,6 +86,17 @@ def test_denormal_numbers_count_as_zeros(tables, projection, isa):
     assert torch.equal(call(packed, token, isa), call(packed, torch.zeros(1, 48), isa))
 
 
+@every_implementation
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_scores_that_are_denormal_are_flushed_to_zero(tokens, isa):
+    """z of 2e-38 is a normal number, its score of 8 bits, 8 z / 2^8, is none."""
+    layer = trained(LookupConfig(24, 20, 3, 8, "none"))
+    with torch.no_grad():
+        layer.bias.zero_()
+    y = call(encode(layer, "float32", "float32"), torch.full((tokens, 24), 2e-38), isa)
+    assert torch.equal(y, torch.zeros(tokens, 20))
+
+
 def denormals_live():
     """Whether products that are denormal come out as such, on torch's other threads too."""
     return bool(((torch.full((200_000,), 1e-30) * 1e-10) > 0).all())
