@@ -44,8 +44,14 @@ void check_forward(const Kernels& k, const Layer& l, const Input& in, int begin,
   if (random.one_in(8)) {  // timed
     const Plan plan = make_plan(l, end - begin, tiling, 1);
     const Guarded workspace(plan.workspace_bytes());
+    const auto start = std::chrono::steady_clock::now();
     const StageSeconds seconds = run_timed(k, l, plan, x, out.rows, workspace.data());
-    EXPECT(seconds.project >= 0 && seconds.hash >= 0 && seconds.gather >= 0, "%s: negative seconds", what.c_str());
+    const double whole = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const double parts = seconds.project + seconds.hash + seconds.gather;  // every stage within the call
+    EXPECT(std::min({seconds.project, seconds.hash, seconds.gather}) >= 0 && parts <= whole &&
+               (parts > 0) == (end > begin),
+           "%s: stages of %g, %g and %g s in a call of %g", what.c_str(), seconds.project, seconds.hash, seconds.gather,
+           whole);
   } else {
     FloatMode mode(kOddState);
     forward(k, l, x, out.rows, end - begin, tiling, count);
