@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -111,25 +112,38 @@ def _onnx_bytes(chain: nn.Sequential) -> bytes:
     return model.SerializeToString()
 
 
+def _quantized(chain: nn.Sequential, x: Tensor | None) -> bytes:
+    """The chain as ONNX with int8 products: with ranges of the activations found on ``x``, or at every call."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+
+    class Calibration(CalibrationDataReader):
+        left = [] if x is None else [{"x": x.numpy()}]
+
+        def get_next(self):
+            return self.left.pop() if self.left else None
+
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises on preprocessing, which changes nothing here
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
+            source.write_bytes(_onnx_bytes(chain))
+            if x is None:
+                quantize_dynamic(source, target, weight_type=QuantType.QInt8)
+            else:
+                kinds = {"weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul"], "per_channel": True}
+                quantize_static(source, target, Calibration(), **kinds)
+            return target.read_bytes()
+    finally:
+        root.setLevel(level)
+
+
 def _onnxruntime(int8: bool):
     def build(chain: nn.Sequential, x: Tensor, threads: int) -> Run:
-        import logging
-
         import onnxruntime as ort
 
-        model = _onnx_bytes(chain)
-        if int8:
-            from onnxruntime.quantization import QuantType, quantize_dynamic
-
-            root = logging.getLogger()
-            level = root.level
-            root.setLevel(logging.ERROR)  # it advises on preprocessing, which changes nothing here
-            with tempfile.TemporaryDirectory() as folder:
-                source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
-                source.write_bytes(model)
-                quantize_dynamic(source, target, weight_type=QuantType.QInt8)
-                model = target.read_bytes()
-            root.setLevel(level)
+        model = _quantized(chain, None) if int8 else _onnx_bytes(chain)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.add_session_config_entry("session.force_spinning_stop", "1")  # not while another engine is timed
@@ -150,10 +164,10 @@ def _openvino(precision: str):
         import openvino as ov
 
         core = ov.Core()
-        model = core.read_model(_onnx_bytes(chain))
+        model = core.read_model(_quantized(chain, x[:512]) if precision == "int8" else _onnx_bytes(chain))
         model.reshape({"x": list(x.shape)})
         settings = {
-            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_PRECISION_HINT": {"int8": "f32"}.get(precision, precision),  # of what is not quantised
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
@@ -176,6 +190,7 @@ DENSE_ENGINES = (
     Engine("ONNX Runtime", "int8", False, "onnxruntime", _onnxruntime(True)),
     Engine("OpenVINO", "float32", False, "openvino", _openvino("f32")),
     Engine("OpenVINO", "bfloat16", False, "openvino", _openvino("bf16")),
+    Engine("OpenVINO", "int8", False, "openvino", _openvino("int8")),
 )
 
 
