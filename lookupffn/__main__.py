@@ -61,7 +61,7 @@ def _every_command() -> None:
 def flops(
     hidden_size: Annotated[int, typer.Option(help="width of the layer, D = E")] = 512,
     intermediate_size: Annotated[int, typer.Option(help="width inside the dense FFN")] = 2048,
-    num_tables: Annotated[list[int], typer.Option(help="tables T; repeat for more rows")] = [64, 128],  # noqa: B006
+    num_tables: Annotated[list[int], typer.Option(help="tables T; repeat for more rows")] = [64, 128],
     code_bits: Annotated[int, typer.Option(help="bits of a code, tau")] = 8,
     block_size: Annotated[int, typer.Option(help="edge of a BH4 block, b")] = 64,
     reads: Annotated[int, typer.Option(help="buckets probed in a table, N")] = 1,
@@ -137,7 +137,7 @@ def tune(
     block_size: Annotated[int, typer.Option(help="edge of a BH4 block, b")] = 64,
     reads: Annotated[int, typer.Option(help="buckets probed in a table, N")] = 1,
     dtype: Annotated[str, typer.Option(help="of the tables: int8, bfloat16 or float32")] = "int8",
-    tokens: Annotated[list[int], typer.Option(help="tokens a call; repeat for more")] = [8, 256],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(help="tokens a call; repeat for more")] = [8, 256],
     seconds: Annotated[float, typer.Option(help="time for each comparison")] = 0.5,
 ):
     """Times loop sizes for the layers in packed files, or for one shape, and keeps them for pack(..., tune=True)."""
@@ -167,7 +167,7 @@ def tune(
     for names in alike.values():
         label, layer = names[0] + (f" and {len(names) - 1} alike" if names[1:] else ""), layers[names[0]]
         with console.status(f"timing {label}"), torch.no_grad():
-            timed = PackedLookupFFN(layer.config, layer.packed, timed_tiling(layer.config, layer.packed, anew=True))
+            timed = PackedLookupFFN(layer.config, layer.packed, timed_tiling(layer.config, layer.packed, refresh=True))
             us = []  # a token: by the formula, timed
             for n in tokens:
                 x = torch.randn(n, layer.config.in_features)

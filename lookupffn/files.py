@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,13 +19,12 @@ def fsync(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path``; what is written there replaces ``path``, whole, when the block ends."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # Not by tempfile, whose files are private: this one's mode is that of any file which the user creates here.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
         fsync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own mode is private
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -37,9 +36,3 @@ def atomic_write(path: Path, text: str) -> None:
     """Writes ``text`` to ``path`` so that the old or the new content is there whenever the process dies."""
     with atomic_replace(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -170,10 +170,10 @@ _bh4.register_autograd(_bh4_grad, setup_context=_bh4_setup)
 
 
 def bh4(x: Tensor, weight: Tensor, decay: float, out_features: int) -> Tensor:
-    """BH4 projection, equal to ``reference.bh4``: ``x (B, D)`` to ``(B, out_features)``, float32 or float64.
+    """BH4 projection, equal to ``reference.bh4``: ``x (B, D)`` to ``(B, out_features)``, in float32 or better.
 
-    ``weight (R, stages, n, b, b)``, 4 stages in the paper, ``n b = D'``, in the dtype of ``x``. Differentiable in
-    ``x`` and ``weight``.
+    ``weight (R, stages, n, b, b)``, 4 stages in the paper, ``n b = D'``, powers of two, in the floating-point dtype of
+    ``x``. The result is float64 for float64 and else float32. Differentiable in ``x`` and ``weight``.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other; the message names them.
@@ -182,8 +182,12 @@ def bh4(x: Tensor, weight: Tensor, decay: float, out_features: int) -> Tensor:
         raise ValueError(
             f"bh4 needs x (B, D) and weight (R, stages, n, b, b), not {list(x.shape)}, {list(weight.shape)}"
         )
+    for size in weight.shape[2:4]:
+        if size < 1 or size & (size - 1):
+            raise ValueError(f"bh4: n and b must be powers of two in weight (R, stages, n, b, b), {list(weight.shape)}")
     width = weight.shape[2] * weight.shape[3]
-    if x.shape[1] > width or not 0 < out_features <= weight.shape[0] * width or x.dtype != weight.dtype:
+    fits = x.shape[1] <= width and 0 < out_features <= weight.shape[0] * width
+    if not fits or x.dtype != weight.dtype or not x.is_floating_point():
         raise ValueError(
             f"bh4: x {x.dtype} of width {x.shape[1]} and {out_features} outputs do not fit weight {weight.dtype} "
             f"{list(weight.shape)}, which takes up to {width} inputs and gives up to {weight.shape[0] * width}"
@@ -368,13 +372,18 @@ def gather(tables: Tensor, codes: Tensor, scores: Tensor) -> Tensor:
     ``scores`` both ``(B, T, N)``, to ``(B, E)`` in the dtype of the tables. Differentiable in tables and scores.
 
     Raises:
-        ValueError: shapes do not fit each other.
+        ValueError: shapes or dtypes do not fit each other.
         IndexError: a code lies outside ``[0, K)``.
     """
     if tables.dim() != 3 or codes.dim() != 3 or codes.shape != scores.shape or codes.shape[1] != tables.shape[0]:
         raise ValueError(
             f"gather needs tables (T, K, E), codes and scores (B, T, N), not {list(tables.shape)}, "
             f"{list(codes.shape)} and {list(scores.shape)}"
+        )
+    if codes.dtype != torch.int32 or not tables.is_floating_point() or not scores.is_floating_point():
+        raise ValueError(
+            f"gather needs codes in int32, tables and scores in floating point, not codes {codes.dtype}, tables "
+            f"{tables.dtype} and scores {scores.dtype}"
         )
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < tables.shape[1]:
         raise IndexError(f"codes from {int(codes.min())} to {int(codes.max())} for tables of {tables.shape[1]} rows")

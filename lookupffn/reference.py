@@ -16,7 +16,9 @@ STAGES = 4  # the 4 of BH4: block-diagonal and Hadamard factors in a row
 
 
 def next_power_of_two(n: int) -> int:
-    """Smallest power of two that is at least ``n >= 1``."""
+    """Smallest power of two that is at least ``n``. Raises ValueError for ``n < 1``."""
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
     return 1 << (n - 1).bit_length()
 
 

@@ -6,7 +6,7 @@ LOOKUPFFN_INLINE int tables_of_group(int num_tables, int group) {
   return left < 16 ? left : 16;
 }
 
-// Sixteen tables of one token: z (16, tau) to `reads` vectors of codes and scores, nearest cell first.
+// Sixteen tables of one token: z (16, tau) to `reads` vectors of codes and scores, nearest bucket first.
 template <int kBits, int kReads>
 LOOKUPFFN_INLINE void hash_group(const float* z, int code_bits, int tables, uint16_t* codes, float* scores) {
   const int bits = kBits ? kBits : code_bits;
@@ -57,7 +57,7 @@ LOOKUPFFN_INLINE void hash_group(const float* z, int code_bits, int tables, uint
   store_16(codes, select(valid, code, zero_i32()));
   store(scores, select(valid, div(total, product), zero));
   if (kReads == 1) return;
-  if (kReads == 4) {  // the fourth cell flips the third bit, or the first two where those cost no more
+  if (kReads == 4) {  // the fourth bucket flips the third bit, or the first two where those cost no more
     const f32x16 pair = add(least[0], least[1]);
     const mask16 third = less(least[2], pair);
     least_bit[2] = select(third, least_bit[2], bit_or(least_bit[0], least_bit[1]));
@@ -107,7 +107,7 @@ static float quantise_scores(const QuantiseScoresArgs& a) {
       largest = max(largest, abs_bits(s));
     }
   const Scale scale = quantisation_scale(reduce_max(largest), 127.0f);
-  const f32x16 factor = set1(scale.per_unit);
+  const f32x16 factor = set1(scale.inverse);
   for (int slot = 0; slot < slots; slot += 16)
     store_u8(a.quantised + slot, round_to_int(abs(mul(load(a.scores + slot), factor))));
   if (a.negated_rows) {  // a negative score reads the negated row
@@ -117,5 +117,5 @@ static float quantise_scores(const QuantiseScoresArgs& a) {
       store_16(a.codes + slot, select(less(load(a.scores + slot), zero_f32()), bit_or(code, negated), code));
     }
   }
-  return scale.unit;
+  return scale.scale;
 }

@@ -212,8 +212,8 @@ static void butterflies_to_z(float* y, int blocks, size_t block, float factor, f
 }
 
 struct Scale {
-  float per_unit;  // quantised = round(value * per_unit)
-  float unit;      // value ~ quantised * unit; NaN where a value is not finite
+  float inverse;  // quantised = round(value * inverse)
+  float scale;    // value ~ quantised * scale; NaN where a value is not finite
 };
 
 LOOKUPFFN_INLINE Scale quantisation_scale(int32_t largest_bits, float levels) {
@@ -224,8 +224,8 @@ LOOKUPFFN_INLINE Scale quantisation_scale(int32_t largest_bits, float levels) {
   return {levels / largest, largest / levels};
 }
 
-static void quantise(WeightType type, const float* values, int width, float per_unit, uint8_t* out) {
-  const f32x16 factor = set1(per_unit);
+static void quantise(WeightType type, const float* values, int width, float inverse, uint8_t* out) {
+  const f32x16 factor = set1(inverse);
   const auto integers = [&](int i)
                             __attribute__((always_inline)) { return round_to_int(mul(load(values + i), factor)); };
   int i = 0;
@@ -268,8 +268,8 @@ static void quantise_tile(const Projection& p, const float* values, size_t strid
   const size_t bytes = (size_t)p.width_in() * element_size(p.type);
   for (int t = 0; t < tokens; t++) {
     const Scale of_token = quantisation_scale(largest[t], levels);
-    quantise(p.type, values + t * stride, p.width_in(), of_token.per_unit, out + t * bytes);
-    scale[t] = before ? before[t] * of_token.unit : of_token.unit;
+    quantise(p.type, values + t * stride, p.width_in(), of_token.inverse, out + t * bytes);
+    scale[t] = before ? before[t] * of_token.scale : of_token.scale;
   }
 }
 

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from lookupffn import native, ops
 from lookupffn.errors import PackedError
-from lookupffn.layer import LookupFFN
+from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.memory import aligned_bytes
-from lookupffn.reference import bh4_matrix, hadamard_matrix
+from lookupffn.reference import STAGES, bh4_matrix, hadamard_matrix
 
 FORMAT_VERSION = 1
 LANES = 16
 WEIGHT_TYPES = {"float32": 0, "int16": 1, "int8": 2}
 TABLE_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+PROJECTION_DTYPES = {"int8": "int8", "bfloat16": "int16", "float32": "float32"}  # by default, with tables of each dtype
 _WEIGHT_DTYPES = (torch.float32, torch.int16, torch.int8)
 _TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 SECTIONS = ("weights", "weight_scales", "weight_offsets", "levels", "code_bias", "tables", "table_scales", "bias")
@@ -47,7 +48,7 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 def encode(layer: LookupFFN, tables: str = "int8", projection: str = "int8") -> Tensor:
     """The packed bytes of ``layer``, a uint8 vector in aligned memory.
 
-    ``tables`` is ``"int8"`` (one scale a table, ``max |row| / 127``: each entry within half a step of its value),
+    ``tables`` is ``"int8"`` (one scale a table, ``max |row| / 127``: each entry within half a scale of its value),
     ``"bfloat16"`` or ``"float32"``. ``projection`` is ``"int8"`` or ``"int16"`` (one scale an output of a block;
     activations are quantised a token and a stage at a time, by their largest magnitude) or ``"float32"``.
 
@@ -62,12 +63,38 @@ def encode(layer: LookupFFN, tables: str = "int8", projection: str = "int8") -> 
     for name, parameter in layer.named_parameters():
         if not parameter.float().isfinite().all():
             raise ValueError(f"{name} holds values that are not finite: this layer cannot be packed")
+    h = layout(layer.config, tables, projection)
     with torch.no_grad():
-        fields, sections = _projection(layer, projection)
-        table_fields, table_sections = _tables(layer, tables)
-    sizes = ("in_features", "out_features", "num_tables", "code_bits", "reads")
-    fields |= table_fields | {name: getattr(layer.config, name) for name in sizes}
-    return _assemble(fields, sections | table_sections)
+        return _assemble(h, _projection(layer, h) | _tables(layer, h))
+
+
+def layout(config: LookupConfig, tables: str, projection: str) -> dict:
+    """The header of a layer that :func:`encode` packs, as :func:`read_header` gives it; the layer need not exist."""
+    c = config
+    stages, repeats, blocks, block_in, block_out, scale, residual = 0, 1, 1, 0, 0, 1.0, 0.0
+    if c.projection == "none":
+        projection = "float32"
+    elif c.projection == "dense" or c.padded_features < LANES:  # one stage of one block
+        stages, block_in, block_out = 1, _round_up(c.in_features, LANES), _round_up(c.code_features, 64)
+    else:
+        block_in = block_out = max(c.block_size, LANES)
+        stages, repeats, blocks = STAGES, c.repeats, c.padded_features // block_in
+        scale, residual = c.decay, 1 - c.decay
+    # The only codes whose scores may be negative: they read a negated row.
+    negated = tables == "int8" and c.reads > 1 and c.code_bits < 3
+    h = {name: getattr(c, name) for name in ("in_features", "out_features", "num_tables", "code_bits", "reads")} | {
+        "stages": stages, "repeats": repeats, "blocks": blocks, "block_in": block_in, "block_out": block_out,
+        "table_rows": c.num_rows * (1 + negated), "slice": slice_width(c.out_features), "reserved": 0,
+        "weight_type": WEIGHT_TYPES[projection], "weight_dtype": projection,
+        "table_type": TABLE_TYPES[tables], "table_dtype": tables, "scale": scale, "residual": residual,
+    }  # fmt: skip
+    h["section_shape"] = _section_shapes(h)
+    h["section_bytes"] = _section_bytes(h)
+    h["offset"], position = {}, _round_up(HEADER.itemsize, 64)
+    for name in SECTIONS:
+        h["offset"][name] = position
+        position += _round_up(h["section_bytes"].get(name, 0), 64)
+    return h | {"magic": MAGIC, "version": FORMAT_VERSION, "total_bytes": position}
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -83,24 +110,22 @@ def _flush(t: Tensor) -> Tensor:
 # ---- Projection ------------------------------------------------------------------------------------------------------
 
 
-def _projection(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    c = layer.config
+def _projection(layer: LookupFFN, h: dict) -> dict[str, Tensor]:
+    c, kind = layer.config, h["weight_dtype"]
     if isinstance(layer.projection, nn.Identity):
-        fields = dict(stages=0, repeats=1, blocks=1, block_in=0, block_out=0, scale=1.0, residual=0.0, weight_type=0)
-        return fields, {}
+        return {}
     weight = layer.projection.weight.double()
     if c.projection == "bh4" and c.padded_features < LANES:  # narrower than a vector: the product, as a dense matrix
         eye = torch.eye(c.padded_features, dtype=weight.dtype)
         weight = torch.cat([c.decay * bh4_matrix(factors) + (1 - c.decay) * eye for factors in weight])
         weight = weight[: c.code_features, : c.in_features]
     if weight.dim() == 2:  # one stage of one block
-        blocks = F.pad(weight, (0, -c.in_features % LANES, 0, -c.code_features % 64))[None, None, None]
-        scale, residual = 1.0, 0.0
+        blocks = F.pad(weight, (0, h["block_in"] - c.in_features, 0, h["block_out"] - c.code_features))
+        blocks = blocks[None, None, None]
     else:
-        blocks, scale, residual = _folded_blocks(weight), c.decay, 1 - c.decay
-    repeats, stages, n, block_out, block_in = blocks.shape
-    bias = F.pad(layer.projection.bias.float(), (0, repeats * n * block_out - c.code_features))
-    sections = {"code_bias": bias}
+        blocks = _folded_blocks(weight)
+    bias = layer.projection.bias.float()
+    sections = {"code_bias": F.pad(bias, (0, h["repeats"] * h["blocks"] * h["block_out"] - c.code_features))}
     if kind == "float32":
         values = _flush(blocks)
     else:
@@ -108,8 +133,7 @@ def _projection(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
         if kind == "int8":
             sections["weight_offsets"] = values.sum(-1, dtype=torch.int32) * -128  # activations come as q + 128
     sections["weights"] = _panels(values)
-    fields = dict(stages=stages, repeats=repeats, blocks=n, block_in=block_in, block_out=block_out, scale=scale)
-    return fields | dict(residual=residual, weight_type=WEIGHT_TYPES[kind]), sections
+    return sections
 
 
 def _panels(values: Tensor) -> Tensor:
@@ -156,24 +180,23 @@ def _quantised_weights(blocks: Tensor, kind: str) -> tuple[Tensor, Tensor, Tenso
 # ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
-def _tables(layer: LookupFFN, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    c = layer.config
-    width = slice_width(c.out_features)
+def _tables(layer: LookupFFN, h: dict) -> dict[str, Tensor]:
+    c, width = layer.config, h["slice"]
     slices = -(-c.out_features // width)
     pad = slices * width - c.out_features
     sections = {"bias": F.pad(layer.bias.float(), (0, pad))}
     tables = _flush(layer.tables)
-    if kind == "int8":
+    if h["table_dtype"] == "int8":
         scales = _flush(tables.abs().amax((1, 2)) / 127)
         tables = (tables / scales[:, None, None]).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
         sections["table_scales"] = F.pad(scales, (0, -c.num_tables % LANES))
-        if c.reads > 1 and c.code_bits < 3:  # the only codes whose scores may be negative: they read a negated row
+        if h["table_rows"] == 2 * c.num_rows:
             tables = torch.cat([tables, -tables], 1)
-    elif kind == "bfloat16":
+    elif h["table_dtype"] == "bfloat16":
         tables = tables.bfloat16()
     rows = F.pad(tables, (0, pad)).view(c.num_tables, tables.shape[1], slices, width)
     sections["tables"] = _interleave(rows.permute(2, 0, 1, 3))  # (slices, T, rows, width)
-    return dict(table_rows=tables.shape[1], table_type=TABLE_TYPES[kind], slice=width), sections
+    return sections
 
 
 def slice_width(out_features: int) -> int:
@@ -203,24 +226,23 @@ def _deinterleave(rows: Tensor) -> Tensor:
 # ---- Bytes -----------------------------------------------------------------------------------------------------------
 
 
-def _assemble(fields: dict, sections: dict[str, Tensor]) -> Tensor:
+def _assemble(h: dict, sections: dict[str, Tensor]) -> Tensor:
+    packed = aligned_bytes(h["total_bytes"]).zero_()  # between sections too: the same layer is the same bytes
+    packed[: HEADER.itemsize] = header_bytes(h)
+    for name, section in sections.items():
+        start = h["offset"][name]
+        packed[start : start + section.nbytes].view(section.dtype).view(section.shape).copy_(section)
+    return packed
+
+
+def header_bytes(h: dict) -> Tensor:
+    """The first bytes of a packed layer, uint8, whose header is ``h`` (:func:`layout`)."""
     header = np.zeros((), HEADER)
     header["magic"], header["version"] = MAGIC, FORMAT_VERSION
-    for name, value in fields.items():
-        header[name] = value
-    position = _round_up(HEADER.itemsize, 64)
-    for i, name in enumerate(SECTIONS):
-        header["offset"][i] = position
-        if name in sections:
-            position += _round_up(sections[name].nbytes, 64)
-    header["total_bytes"] = position
-    packed = aligned_bytes(position).zero_()  # between sections too: the same layer is the same bytes
-    packed[: HEADER.itemsize] = torch.frombuffer(bytearray(header.tobytes()), dtype=torch.uint8)
-    for i, name in enumerate(SECTIONS):
-        if name in sections:
-            section, start = sections[name], int(header["offset"][i])
-            packed[start : start + section.nbytes].view(section.dtype).view(section.shape).copy_(section)
-    return packed
+    for name in (*_INTS, "scale", "residual", "total_bytes"):
+        header[name] = h[name]
+    header["offset"] = [h["offset"][name] for name in SECTIONS]
+    return torch.frombuffer(bytearray(header.tobytes()), dtype=torch.uint8)
 
 
 def read_header(packed: Tensor) -> dict:
@@ -234,7 +256,8 @@ def read_header(packed: Tensor) -> dict:
         )
     header = packed[: HEADER.itemsize].numpy().view(HEADER)[0]
     if header["magic"] != MAGIC:
-        raise PackedError("it does not begin with LOOKUPFF: these bytes are no packed layer")
+        found = packed[: len(MAGIC)].numpy().tobytes()
+        raise PackedError(f"it begins with {found!r}, not with {MAGIC!r}: these bytes are no packed layer")
     if header["version"] != FORMAT_VERSION:
         raise PackedError(
             f"its format version is {header['version']}, this lookupffn reads {FORMAT_VERSION}: pack the model again"
@@ -252,10 +275,7 @@ def read_header(packed: Tensor) -> dict:
         raise PackedError(f"its sizes do not fit each other: {', '.join(f'{name} is {h[name]}' for name in wrong)}")
     h["offset"] = dict(zip(SECTIONS, header["offset"].tolist(), strict=True))
     h["section_shape"] = _section_shapes(h)
-    h["section_bytes"] = {
-        name: int(np.prod([*shape, dtype.itemsize], dtype=object))
-        for name, (dtype, shape) in h["section_shape"].items()
-    }
+    h["section_bytes"] = _section_bytes(h)
     position = _round_up(HEADER.itemsize, 64)
     for name in SECTIONS:
         start, size = h["offset"][name], h["section_bytes"].get(name, 0)
@@ -276,7 +296,7 @@ def read_header(packed: Tensor) -> dict:
 
 
 def _rules(h: dict) -> dict[str, bool]:
-    """Whether each field of a header fits the others; the same rules as in csrc/layer.cpp."""
+    """Whether each field of a header fits the others; the same rules as in csrc/model/layer.cpp."""
     rows, codes, outputs = 2 ** h["code_bits"], h["num_tables"] * h["code_bits"], h["blocks"] * h["block_out"]
     negated = h["table_dtype"] == "int8" and h["reads"] > 1 and h["code_bits"] < 3
     square = h["stages"] == 4 or h["blocks"] > 1 or h["residual"] != 0
@@ -332,6 +352,11 @@ def _section_shapes(h: dict) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     if h["table_dtype"] == "int8":
         shapes["table_scales"] = (torch.float32, (_round_up(h["num_tables"], LANES),))
     return shapes
+
+
+def _section_bytes(h: dict) -> dict[str, int]:
+    shapes = h["section_shape"].items()
+    return {name: int(np.prod([*shape, dtype.itemsize], dtype=object)) for name, (dtype, shape) in shapes}
 
 
 def checked_header(packed: Tensor) -> dict:

@@ -18,20 +18,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lookupffn import native, ops
-from lookupffn.errors import PackedError
+from lookupffn.errors import PackedError, check
 from lookupffn.files import atomic_replace
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.memory import aligned_bytes
-from lookupffn.runtime.format import Decoded, checked_header, decode, encode, read_header
+from lookupffn.runtime.format import (
+    PROJECTION_DTYPES,
+    TABLE_TYPES,
+    WEIGHT_TYPES,
+    checked_header,
+    decode,
+    encode,
+    read_header,
+)
 from lookupffn.runtime.portable import packed_forward
 from lookupffn.runtime.tuning import Tiling, default_tiling, timed_tiling
 
 FILE_FORMAT = "lookupffn-packed"
 FILE_VERSION = "1"
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of activations
-PROJECTION_DTYPES = {"int8": "int8", "bfloat16": "int16", "float32": "float32"}  # what goes with each dtype of tables
+_HAVE_KERNELS = native.available()
 
-if native.available():
+if _HAVE_KERNELS:
 
     @torch.library.register_fake("lookupffn::packed_forward")
     def _(x, packed, out_features, tile_tokens, groups_per_block, prefetch_distance, serial_tokens):
@@ -69,11 +77,11 @@ class PackedLookupFFN(nn.Module):
     """A lookup layer ready for inference on the CPU: ``x (..., in_features)`` to ``(..., out_features)``.
 
     The function of the :class:`LookupFFN` that it was packed from, up to the rounding of the chosen types: int8
-    tables keep every entry within half a step of its value, ``max |table| / 254``, and weigh rows by scores in steps
-    of a 127th of the token's largest; codes differ only where ``|z|`` is below the error of the quantised projection.
-    The result for a token does not depend on the rest of the batch, on the number of threads or, with integer tables
-    and projection, on the processor's instruction set: bit for bit. Input in float32 or bfloat16, output in the same;
-    float64 and float16 pass through float32. No backward pass.
+    tables keep every entry within half a scale of its value, ``max |table| / 254``, and weigh rows by scores of seven
+    bits, whose scale is a 127th of the token's largest; codes differ only where ``|z|`` is below the error of the
+    quantised projection. The result for a token does not depend on the rest of the batch, on the number of threads or,
+    with integer tables and projection, on the processor's instruction set: bit for bit. Input in float32 or bfloat16,
+    output in the same; float64 and float16 pass through float32. No backward pass.
 
     Buffers: ``packed``, uint8: self-describing bytes (docs/format.md). Made by :func:`pack` or :func:`load_packed`.
 
@@ -86,27 +94,34 @@ class PackedLookupFFN(nn.Module):
 
     def __init__(self, config: LookupConfig, packed: Tensor, tiling: Tiling | None = None):
         super().__init__()
-        header = checked_header(packed)
-        for name in ("in_features", "out_features", "num_tables", "code_bits", "reads"):
-            if header[name] != getattr(config, name):
-                raise PackedError(
-                    f"{name} is {header[name]} in the packed layer and {getattr(config, name)} in its config"
-                )
+        header = _header_of(config, packed)
         self.config = config
         self.register_buffer("packed", packed)
         self.tiling = tiling or default_tiling(header)
         t = self.tiling
         self._arguments = (config.out_features, t.tile_tokens, t.groups_per_block, t.prefetch_distance, t.serial_tokens)
-        self.weight_dtype, self.table_dtype = header["weight_dtype"], header["table_dtype"]
-        self._decoded: Decoded | None = None
         native.implementation()  # a wrong LOOKUPFFN_ISA is an error here, not in the middle of a model
-        if not native.available():
-            native.warn_if_absent()
-            self._decoded = decode(packed)
-            self.register_load_state_dict_post_hook(PackedLookupFFN._decode_again)
+        native.warn_if_absent()
 
-    def _decode_again(self, _: object) -> None:
-        self._decoded = decode(self.packed)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Checked before they replace what is here; torch collects the errors of all modules, the last of `rest`.
+        if (packed := state_dict.get(f"{prefix}packed")) is not None:
+            try:
+                _header_of(self.config, packed)
+            except PackedError as error:
+                rest[-1].append(f"{prefix}packed: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def weight_dtype(self) -> str:
+        """Of the projection: ``"int8"``, ``"int16"`` or ``"float32"``."""
+        return read_header(self.packed)["weight_dtype"]
+
+    @property
+    def table_dtype(self) -> str:
+        """Of the tables: ``"int8"``, ``"bfloat16"`` or ``"float32"``."""
+        return read_header(self.packed)["table_dtype"]
 
     def forward(self, x: Tensor) -> Tensor:
         # Lean, because at one token a microsecond of Python is a tenth of the layer. So is the buffer's way past
@@ -116,12 +131,12 @@ class PackedLookupFFN(nn.Module):
             raise ValueError(f"the last dimension of x must be in_features = {width}; x is {list(x.shape)}")
         grad = x.requires_grad and torch.is_grad_enabled()
         rows = x if x.dtype in NATIVE_DTYPES and not grad else self._rows(x)
-        if self._decoded is None:
+        if _HAVE_KERNELS:
             y = torch.ops.lookupffn.packed_forward(rows, self._buffers["packed"], *self._arguments)
         else:
-            y = packed_forward(self._decoded, rows.reshape(-1, x.shape[-1]).float())
+            y = packed_forward(decode(self.packed), rows.reshape(-1, x.shape[-1]).float())
             y = y.reshape(*x.shape[:-1], self.config.out_features)
-        if rows is not x or self._decoded is not None:
+        if y.dtype != x.dtype:
             y = y.to(x.dtype)
         return _NoBackward.apply(x, y) if grad else y
 
@@ -173,7 +188,10 @@ def pack(
     Raises:
         ValueError: no lookup layer in ``module``, an unknown dtype, or parameters that are not finite.
     """
-    projection = projection or PROJECTION_DTYPES.get(tables, tables)
+    check(tables in TABLE_TYPES, "tables", tables, f"one of {', '.join(TABLE_TYPES)}")
+    if projection is None:
+        projection = PROJECTION_DTYPES[tables]
+    check(projection in WEIGHT_TYPES, "projection", projection, f"one of {', '.join(WEIGHT_TYPES)}")
 
     def packed(layer: LookupFFN) -> PackedLookupFFN:
         if layer.tables.device.type != "cpu":
@@ -186,8 +204,17 @@ def pack(
 
 
 def _packed_layer(config: LookupConfig, packed: Tensor, tune: bool) -> PackedLookupFFN:
-    layer = PackedLookupFFN(config, packed)  # every check comes before a kernel runs on these bytes
-    return PackedLookupFFN(config, packed, timed_tiling(config, packed)) if tune else layer
+    _header_of(config, packed)  # every check comes before a kernel runs on these bytes
+    return PackedLookupFFN(config, packed, timed_tiling(config, packed) if tune else None)
+
+
+def _header_of(config: LookupConfig, packed: Tensor) -> dict:
+    """The header of ``packed``; raises PackedError where it is not that of a layer with this ``config``."""
+    header = checked_header(packed)
+    for name in ("in_features", "out_features", "num_tables", "code_bits", "reads"):
+        if header[name] != getattr(config, name):
+            raise PackedError(f"{name} is {header[name]} in the packed layer and {getattr(config, name)} in its config")
+    return header
 
 
 def lookup_layers(module: nn.Module) -> list[tuple[str, LookupFFN]]:
@@ -243,7 +270,8 @@ def load_packed(
     ``inplace`` and ``tune`` are those of :func:`pack`.
 
     Raises:
-        PackedError: the file is no such file, is damaged or of another version, or does not fit ``module``.
+        OSError: the file cannot be read: FileNotFoundError, PermissionError, IsADirectoryError.
+        PackedError: it is no such file, is damaged or of another version, or does not fit ``module``.
     """
     layers = read_layers(path, tune)
     if module is None:
@@ -260,6 +288,8 @@ def load_packed(
 
 def read_layers(path: str | Path, tune: bool = False) -> dict[str, PackedLookupFFN]:
     """The packed layers in a file, by their names in the model that they belong to; raises what load_packed raises."""
+    with open(path, "rb"):  # what the system refuses, in its own words: safetensors would call a folder damaged
+        pass
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -268,9 +298,9 @@ def read_layers(path: str | Path, tune: bool = False) -> dict[str, PackedLookupF
                 raise PackedError(f"{path}: {found}, where {FILE_FORMAT!r}, version {FILE_VERSION!r} is needed")
             configs = {name: LookupConfig(**fields) for name, fields in json.loads(metadata["configs"]).items()}
             return {name: _load_layer(file, name, config, path, tune) for name, config in configs.items()}
+    except PackedError:
+        raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, (PackedError, FileNotFoundError)):
-            raise
         raise PackedError(f"{path} is damaged or no file of packed layers: {error}") from error
 
 

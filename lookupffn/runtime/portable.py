@@ -10,8 +10,9 @@ from lookupffn.runtime.format import Decoded
 def packed_project(u: Decoded, x: Tensor) -> Tensor:
     """``z (B, T tau)`` of a packed layer, ``x (B, D)`` float32: what the kernels compute, integers bit for bit.
 
-    Every stage: ``q = round(y levels / max |y|)`` a token, ``y = H_n (scales * (blocks q))``, the steps multiplied up;
-    at last ``z = scale * y * steps + residual * x + bias``. Sums of integers are exact in float64.
+    Every stage quantises a token, ``q = round(y / scale)`` with ``scale = max |y| / levels``, and computes ``y = H_n
+    (weight_scales * (blocks q))``; at last ``z = scale * y * (product of scales) + residual * x + bias``. Sums of
+    integers are exact in float64.
     """
     h, tokens = u.header, x.shape[0]
     if u.blocks is None or u.code_bias is None:  # no projection
@@ -20,24 +21,24 @@ def packed_project(u: Decoded, x: Tensor) -> Tensor:
     x = F.pad(x, (0, n * block_in - x.shape[1]))
     outs = []
     for r in range(repeats):
-        y, steps = x, torch.ones(tokens, 1)
+        y, scales = x, torch.ones(tokens, 1)
         for s in range(stages):
             if u.levels is not None:
                 largest, levels = y.abs().amax(1, keepdim=True), u.levels[r, s]
                 tiny = largest < 1e-30
-                per_unit = (levels / largest).where(~tiny & largest.isfinite(), 0.0)
-                unit = (largest / levels).where(~tiny, 0.0).where(largest.isfinite(), torch.nan)
-                y, steps = (y.nan_to_num(0.0, 0.0, 0.0) * per_unit).round(), steps * unit if s else unit
+                inverse = (levels / largest).where(~tiny & largest.isfinite(), 0.0)
+                scale = (largest / levels).where(~tiny, 0.0).where(largest.isfinite(), torch.nan)
+                y, scales = (y.nan_to_num(0.0, 0.0, 0.0) * inverse).round(), scales * scale if s else scale
             y = y.view(tokens, n, 1, block_in).double() @ u.blocks[r, s].mT.double()  # (B, n, 1, block_out)
             y = y.float().view(tokens, n, block_out)
             if u.weight_scales is not None:
                 y = y * u.weight_scales[r, s]
             half = 1
             while half < n:  # the butterflies of H_n, in the order of the kernels
-                a, b = y.view(tokens, -1, 2, half, block_out).unbind(2)
+                a, b = y.view(tokens, n // (2 * half), 2, half, block_out).unbind(2)
                 y, half = torch.stack([a + b, a - b], 2), 2 * half
             y = y.reshape(tokens, n * block_out)
-        out = y * (steps * h["scale"])
+        out = y * (scales * h["scale"])
         outs.append(out + x * h["residual"] if h["residual"] else out)
     return (torch.cat(outs, 1) + u.code_bias)[:, : h["num_tables"] * h["code_bits"]]
 
@@ -45,7 +46,8 @@ def packed_project(u: Decoded, x: Tensor) -> Tensor:
 def packed_forward(u: Decoded, x: Tensor) -> Tensor:
     """``y (B, E)`` of a packed layer, ``x (B, D)`` float32: the kernels' arithmetic in plain torch.
 
-    int8 tables: scores times table scales become integers of 0 to 127 in steps of the token's largest; sums are exact.
+    int8 tables: a token's scores times table scales are quantised to 0 to 127 with one scale, a 127th of the largest;
+    sums of integers are exact.
     """
     h = u.header
     z = packed_project(u, x).view(-1, h["num_tables"], h["code_bits"])
@@ -55,10 +57,10 @@ def packed_forward(u: Decoded, x: Tensor) -> Tensor:
     scores = scores * u.table_scales[:, None]
     largest = scores.abs().amax((1, 2), keepdim=True)
     tiny = largest < 1e-30
-    per_unit = (127 / largest).where(~tiny & largest.isfinite(), 0.0)
-    steps = (largest / 127).where(~tiny, 0.0).where(largest.isfinite(), torch.nan)
-    quantised = (scores.nan_to_num(0.0, 0.0, 0.0).abs() * per_unit).round()
+    inverse = (127 / largest).where(~tiny & largest.isfinite(), 0.0)
+    scales = (largest / 127).where(~tiny, 0.0).where(largest.isfinite(), torch.nan)
+    quantised = (scores.nan_to_num(0.0, 0.0, 0.0).abs() * inverse).round()
     if u.tables.shape[1] != 2 ** h["code_bits"]:
         codes = codes + (scores < 0) * 2 ** h["code_bits"]
     sums = torch.ops.lookupffn.gather(u.tables.double(), codes, quantised.double())
-    return sums.float() * steps[:, 0] + u.bias
+    return sums.float() * scales[:, 0] + u.bias

@@ -18,6 +18,7 @@ from lookupffn import machine, native
 from lookupffn.errors import check
 from lookupffn.files import atomic_write
 from lookupffn.layer import LookupConfig
+from lookupffn.runtime.format import read_header
 
 LANES = 16  # tables of a group
 L2_BYTES = 1 << 20  # where the system does not tell
@@ -89,18 +90,19 @@ def cache_file() -> Path:
     return Path(os.environ.get("LOOKUPFFN_CACHE") or "~/.cache/lookupffn").expanduser() / "tiling.json"
 
 
-def timed_tiling(config: LookupConfig, packed: Tensor, *, anew: bool = False) -> Tiling:
+def timed_tiling(config: LookupConfig, packed: Tensor, *, refresh: bool = False) -> Tiling:
     """The fastest of a few tilings for this layer on this machine, from the cache or timed in some tenths of a second.
 
     A choice is kept for the processor, the implementation, torch's threads and the layer's shape and types; with
-    ``anew`` it is timed though it is there. A cache that cannot be read or written is done without.
+    ``refresh`` it is timed though it is there. A cache that cannot be read or written is done without. Without the
+    compiled kernels there is nothing to time: the choice is :func:`default_tiling`'s.
     """
     if not native.available():
-        return Tiling()
+        return default_tiling(read_header(packed))
     key = json.dumps(
         [machine.cpu_name(), native.implementation(), torch.get_num_threads(), config.to_dict(), packed.numel()]
     )
-    if not anew:
+    if not refresh:
         with contextlib.suppress(KeyError, TypeError, ValueError):
             return Tiling(**_read_cache()[key])
     chosen = _timed_choice(config, packed)

@@ -61,16 +61,16 @@ __attribute__((noinline)) std::vector<float> exact_z(const Layer& l, const std::
   for (int r = 0; r < h.repeats; r++) {
     std::vector<float> y(l.projection.width_in(), 0.0f);
     std::copy(x.begin(), x.end(), y.begin());
-    float unit = 0;  // what one of y is worth
+    float scale = 0;  // of the integers in y
     for (int stage = r * h.stages; stage < (r + 1) * h.stages; stage++) {
       float largest = 0;
       for (float value : y) largest = std::max(largest, std::fabs(value));
       const bool zero = largest < 1e-30f;
-      const float per_unit = zero ? 0 : l.projection.levels[stage] / largest,
-                  step = zero ? 0 : largest / l.projection.levels[stage];
-      unit = stage == r * h.stages ? step : unit * step;
+      const float inverse = zero ? 0 : l.projection.levels[stage] / largest,
+                  of_stage = zero ? 0 : largest / l.projection.levels[stage];
+      scale = stage == r * h.stages ? of_stage : scale * of_stage;
       std::vector<int> q;
-      for (float value : y) q.push_back(int(std::nearbyint(value * per_unit)));
+      for (float value : y) q.push_back(int(std::nearbyint(value * inverse)));
       y.assign(l.projection.width_out(), 0);
       for (int n = 0; n < h.blocks; n++)
         for (int o = 0; o < h.block_out; o++) {
@@ -87,7 +87,7 @@ __attribute__((noinline)) std::vector<float> exact_z(const Layer& l, const std::
             y[(n + half) * h.block_out + i] = a - b;
           }
     }
-    const float factor = h.scale * unit;
+    const float factor = h.scale * scale;
     for (int i = 0; i < l.projection.width_out(); i++) {
       float value = y[i] * factor;
       if (h.residual != 0) value = value + (i < int(x.size()) ? x[i] : 0) * h.residual;
@@ -289,10 +289,10 @@ void check_quantised(const Layer& l, const Parts& p, int t) {
     s[i] = p.scores[at + i] * l.table_scales[i / (16 * l.h.reads) * 16 + i % 16];
     largest = std::max(largest, std::fabs(s[i]));
   }
-  const float step = largest < 1e-30f ? 0.0f : largest / 127;
-  EXPECT(same_bits(p.score_scales[t], step), "the step is %.9g, not %.9g", double(p.score_scales[t]), double(step));
+  const float scale = largest < 1e-30f ? 0.0f : largest / 127;
+  EXPECT(same_bits(p.score_scales[t], scale), "the scale is %.9g, not %.9g", double(p.score_scales[t]), double(scale));
   for (int i = 0; i < l.slots(); i++) {
-    const double exact = step ? std::abs(double(s[i])) / largest * 127 : 0;
+    const double exact = scale ? std::abs(double(s[i])) / largest * 127 : 0;
     EXPECT(std::abs(p.quantised[at + i] - exact) <= 0.5 + 1e-4, "score %d is %d, not %.9g", i, p.quantised[at + i],
            exact);
     const int sign = s[i] < 0 && l.negated_rows() ? 1 << l.h.code_bits : 0;

@@ -237,7 +237,7 @@ def test_tables_come_back_within_the_bound_of_their_type(config, kind):
 @pytest.mark.parametrize("reads", [1, 2, 3, 4])
 def test_scores_below_zero_weigh_rows_as_the_reference_does(tau, reads):
     if reads > 2**tau:
-        pytest.skip("a table has fewer cells")
+        pytest.skip("a table has fewer buckets")
     config = LookupConfig(19 * tau, 33, num_tables=19, code_bits=tau, projection="none", reads=reads)
     layer = trained(config)
     x = torch.randn(60, config.in_features)
@@ -467,8 +467,8 @@ def damaged():
     yield "int8", good.view(torch.int8), f"a vector of at least {HEADER_BYTES} bytes, not .*int8"
     yield "a matrix", good.view(-1, 64), rf"a vector of at least {HEADER_BYTES} bytes, not \[{size // 64}, 64\]"
     yield "a number", good[0], f"a vector of at least {HEADER_BYTES} bytes"
-    yield "zeros", torch.zeros_like(good), "does not begin with LOOKUPFF"
-    yield "another magic", torch.cat([good[1:], good[:1]]), "does not begin with LOOKUPFF"
+    yield "zeros", torch.zeros_like(good), "not with b'LOOKUPFF'"
+    yield "another magic", torch.cat([good[1:], good[:1]]), "not with b'LOOKUPFF'"
     yield "newer", with_field(good, "version", 2), "format version is 2, this lookupffn reads 1"
     yield "older", with_field(good, "version", 0), "format version is 0"
     yield "byte order", with_field(good, "version", 1 << 24), "format version is 16777216"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from lookupffn import (
     save_packed,
 )
 from lookupffn.hf import LookupRobertaConfig, LookupRobertaForMaskedLM
+from lookupffn.runtime import packed
 from lookupffn.runtime.format import TABLE_TYPES, WEIGHT_TYPES, decode, encode
 from lookupffn.runtime.packed import FILE_FORMAT, FILE_VERSION
 from lookupffn.runtime.portable import packed_project
@@ -125,6 +127,20 @@ def test_the_error_of_a_packed_layer_is_small_on_the_whole(dtype):
     assert error < {"float32": 1e-2, "bfloat16": 0.05, "int8": 0.25}[dtype]  # codes near a boundary may flip
 
 
+@every_dtype
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, SMALL, LookupConfig(12, 70, 3, 4, "none"), LookupConfig(5, 3, 40, 9, "dense")],
+    ids=["bh4", "narrow", "none", "dense"],
+)
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_no_tokens_give_no_rows(config, dtype):
+    module = pack(trained(config), dtype)
+    for shape in ((0,), (3, 0), (0, 5)):
+        y = module(torch.empty(*shape, config.in_features))
+        assert y.shape == (*shape, config.out_features)
+
+
 def test_the_projection_dtype_goes_with_the_tables_or_is_chosen():
     layer = trained(SMALL)
     assert [pack(layer, d).weight_dtype for d in TABLE_TYPES] == ["float32", "int16", "int8"]
@@ -142,12 +158,16 @@ def test_costs_are_those_of_what_is_stored():
     assert module.bytes_read(0) < layer.bytes_read(0)
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.filterwarnings("ignore:lookupffn runs without its compiled kernels")
-def test_a_backward_pass_through_a_packed_layer_is_refused(kernels, monkeypatch):
-    if not kernels:
+@pytest.fixture(params=[pytest.param(True, marks=needs_kernels), False], ids=["native", "portable"])
+def with_and_without_kernels(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(packed, "_HAVE_KERNELS", False)
         monkeypatch.setattr(native, "load", lambda: "a test asks to do without")
         monkeypatch.setattr(native, "warn_if_absent", lambda: None)
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_a_backward_pass_through_a_packed_layer_is_refused():
     module = pack(trained(SMALL))
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x = torch.randn(3, 20, dtype=dtype, requires_grad=True)
@@ -163,9 +183,9 @@ def test_a_backward_pass_through_a_packed_layer_is_refused(kernels, monkeypatch)
 
 @pytest.mark.parametrize("precision", ["wrong", "fp4", None, 8])
 def test_an_unknown_dtype_is_named_with_the_known_ones(precision):
-    with pytest.raises(ValueError, match=rf"float32, bfloat16, int8 .*float32, int16, int8, not {precision!r}"):
+    with pytest.raises(ValueError, match=rf"^tables must be one of float32, bfloat16, int8, not {precision!r}$"):
         pack(trained(SMALL), precision)
-    with pytest.raises(ValueError, match="not 'int8' and 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"^projection must be one of float32, int16, int8, not 'bfloat16'$"):
         pack(trained(SMALL), "int8", projection="bfloat16")
 
 
@@ -374,6 +394,37 @@ def test_copies_and_state_dicts_are_the_same_bits(dtype):
     assert torch.equal(module.float().bfloat16().double()(x), y)  # bytes are no numbers to convert
 
 
+@every_dtype
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_a_pickled_layer_comes_back_bit_for_bit(dtype, tmp_path):
+    module, x = pack(trained(CONFIG), dtype), torch.randn(9, 64)
+    torch.save(module, tmp_path / "module.pt")
+    assert (tmp_path / "module.pt").stat().st_size < module.packed.numel() + 10_000  # once
+    for loaded in (torch.load(tmp_path / "module.pt", weights_only=False), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(loaded(x), module(x))
+        assert (loaded.table_dtype, loaded.tiling) == (dtype, module.tiling)
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_a_state_dict_of_another_layer_is_refused_and_changes_nothing():
+    model, x = torch.nn.Sequential(pack(trained(CONFIG))), torch.randn(9, 64)
+    y, good = model(x), model.state_dict()["0.packed"].clone()
+    other = pack(trained(dataclasses.replace(CONFIG, reads=1)))
+    assert other.packed.shape == good.shape
+    for bad, reason in (
+        (other.packed, "0.packed: reads is 1 in the packed layer and 2 in its config"),
+        (newer(good), "0.packed: its format version is 2"),
+        (good[:-64], "0.packed: its header says"),
+        (good.float(), "0.packed: a packed layer is a vector of at least"),
+    ):
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=f"Error.s. in loading state_dict for Sequential:\\s*{reason}"):
+                model.load_state_dict({"0.packed": bad}, strict=strict)
+            assert torch.equal(model(x), y)
+    model.load_state_dict({"0.packed": good}, assign=True)
+    assert torch.equal(model(x), y)
+
+
 @pytest.mark.parametrize("dtype", TABLE_TYPES)
 @pytest.mark.parametrize(
     "config",
@@ -520,11 +571,20 @@ def test_damaged_files_are_refused_by_name(tmp_path):
         path.write_bytes(data)
         with pytest.raises(PackedError, match="some name"):
             load_packed(path)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(PackedError, match="folder"):
-        load_packed(tmp_path / "folder")
+
+
+def test_what_the_system_refuses_to_read_is_said_in_its_words(tmp_path, monkeypatch):
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        load_packed(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent"):
         load_packed(tmp_path / "absent")
+
+    def refused(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(PermissionError, match="secret"):
+        load_packed(tmp_path / "secret")
 
 
 def test_a_file_of_other_layers_is_refused(tmp_path):

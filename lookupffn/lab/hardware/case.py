@@ -6,12 +6,10 @@ import dataclasses
 import functools
 
 from lookupffn.layer import LookupConfig
-from lookupffn.reference import STAGES
-from lookupffn.runtime.format import LANES, TABLE_TYPES, WEIGHT_TYPES, slice_width
+from lookupffn.runtime.format import PROJECTION_DTYPES, layout
 from lookupffn.runtime.tuning import Tiling
 
 LINE = 64  # bytes
-PROJECTION_DTYPES = {"int8": "int8", "bfloat16": "int16", "float32": "float32"}  # what pack pairs with the tables
 ITEM_BYTES = {"int8": 1, "int16": 2, "bfloat16": 2, "float32": 4}
 REFERENCE = LookupConfig(256, 256, num_tables=32, block_size=64)  # which the probe times: its slices lie in L2
 REFERENCE_TOKENS = 240
@@ -38,26 +36,8 @@ class Case:
 
     @functools.cached_property
     def header(self) -> dict:
-        """The header of the packed layer without its offsets, as ``format.read_header`` would give it."""
-        c, kind = self.config, self.weight_type
-        if c.projection == "none":
-            repeats, stages, blocks, block_in, block_out, kind = 1, 0, 1, 0, 0, "float32"
-        elif c.projection == "dense" or c.padded_features < LANES:  # one matrix
-            repeats, stages, blocks = 1, 1, 1
-            block_in, block_out = -(-c.in_features // LANES) * LANES, -(-c.code_features // 64) * 64
-        else:
-            block_in = block_out = max(c.block_size, LANES)
-            repeats, stages, blocks = c.repeats, STAGES, c.padded_features // block_in
-        mixed = stages == STAGES
-        negated = self.dtype == "int8" and c.reads > 1 and c.code_bits < 3  # scores may be negative
-        return {
-            **{name: getattr(c, name) for name in ("in_features", "out_features", "num_tables", "code_bits", "reads")},
-            "stages": stages, "repeats": repeats, "blocks": blocks, "block_in": block_in, "block_out": block_out,
-            "table_rows": c.num_rows * (2 if negated else 1), "slice": slice_width(c.out_features),
-            "weight_type": WEIGHT_TYPES[kind], "weight_dtype": kind,
-            "table_type": TABLE_TYPES[self.dtype], "table_dtype": self.dtype,
-            "scale": c.decay if mixed else 1.0, "residual": 1 - c.decay if mixed else 0.0,
-        }  # fmt: skip
+        """The header of the packed layer (``format.layout``)."""
+        return layout(self.config, self.dtype, self.weight_type)
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -73,14 +53,12 @@ class Case:
 
     @property
     def table_bytes(self) -> int:
-        return self.config.num_tables * self.header["table_rows"] * self.row_bytes
+        return self.header["section_bytes"]["tables"]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the packed projection's weights."""
-        h = self.header
-        each = h["block_in"] * h["block_out"] * ITEM_BYTES[h["weight_dtype"]]
-        return h["repeats"] * h["stages"] * h["blocks"] * each
+        return self.header["section_bytes"].get("weights", 0)
 
     @property
     def read_bytes(self) -> int:

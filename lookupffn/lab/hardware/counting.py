@@ -10,13 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import mmap
 import sys
 from collections import Counter
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from lookupffn.errors import InputError
 from lookupffn.lab.hardware.case import Case
 from lookupffn.lab.hardware.library import operators
 from lookupffn.layer import LookupConfig
-from lookupffn.runtime.format import FORMAT_VERSION, HEADER, MAGIC, SECTIONS, _section_shapes
+from lookupffn.runtime.format import HEADER, header_bytes
 from lookupffn.runtime.tuning import Tiling
 
 Stages = dict[str, dict[str, Counter]]  # operations by kind, of each loop of each stage, in the order in which they run
@@ -139,21 +137,12 @@ def _stages(text: str) -> Stages:
 @functools.lru_cache(maxsize=2)
 def blank(case: Case) -> Tensor:
     """A packed layer of the case's sizes whose weights and rows are 0, in memory that is there once it is read."""
-    header, position = np.zeros((), HEADER), math.ceil(HEADER.itemsize / 64) * 64
-    shapes = _section_shapes(case.header)
-    for number, name in enumerate(SECTIONS):
-        header["offset"][number] = position
-        if name in shapes:
-            dtype, shape = shapes[name]
-            position += math.ceil(math.prod(shape) * dtype.itemsize / 64) * 64
-    for name, value in (case.header | {"magic": MAGIC, "version": FORMAT_VERSION, "total_bytes": position}).items():
-        if name in HEADER.names:
-            header[name] = value
-    memory = mmap.mmap(-1, position, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    h = case.header
+    memory = mmap.mmap(-1, h["total_bytes"], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
     packed = torch.frombuffer(memory, dtype=torch.uint8)
-    packed[: HEADER.itemsize] = torch.frombuffer(bytearray(header.tobytes()), dtype=torch.uint8)
-    if "levels" in shapes:  # each stage of each repeat has its own in int16
-        start, numbers = int(header["offset"][SECTIONS.index("levels")]), math.prod(shapes["levels"][1])
+    packed[: HEADER.itemsize] = header_bytes(h)
+    if "levels" in h["section_shape"]:  # each stage of each repeat has its own in int16
+        start, numbers = h["offset"]["levels"], h["repeats"] * h["stages"]
         levels = torch.full((numbers,), 127.0) if case.weight_type == "int8" else torch.arange(1.0, numbers + 1)
         packed[start : start + 4 * numbers].view(torch.float32).copy_(levels)
     return packed
