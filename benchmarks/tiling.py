@@ -9,6 +9,7 @@ fast.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -62,7 +63,7 @@ def main() -> None:
                     sizes = (t.tile_tokens, t.groups_per_block, t.prefetch_distance, t.serial_tokens)
                     torch.ops.lookupffn.packed_forward(next(turns), packed, width, *sizes)
 
-                calls = {n: (lambda t=t, i=itertools.cycle(inputs), call=call: call(t, i)) for n, t in tilings.items()}  # noqa: B008
+                calls = {n: functools.partial(call, t, itertools.cycle(inputs)) for n, t in tilings.items()}
                 found = {n: s / tokens * 1e6 for n, s in medians(calls, a.turns).items()}
                 chosen, fastest = found[formula.groups_per_block], min(found, key=found.get)
                 ratios.append(chosen / found[fastest])

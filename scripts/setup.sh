@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set-up for make: `install VENV` makes a virtual environment with the package, its extra `lab` and the development tools;
-# `install-bench VENV` adds the engines that the benchmark compares with; `check-compiler` says whether torch.compile can
-# build here. Whatever is missing is named in one line; pip's own words go to a log.
+# Set-up for make: `install VENV` makes a virtual environment with the package, its extra `lab` and the development
+# tools; `install-bench VENV` adds the engines that the benchmark compares with; `check-compiler` says whether
+# torch.compile can build here. Whatever is missing is named in one line; pip's own words go to a log.
 set -euo pipefail
 
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -18,12 +18,12 @@ find_python() {
     fail "needs Python 3.11 or newer; ${PYTHON:-python3} is ${found:-not there}. Set PYTHON=/path/to/python3.11"
 }
 
-# pip_install WHAT... : quiet, and one line where it fails. Bytecode is written where a module is first imported: most of
-# torch, transformers and sympy never is, and compiling all of it takes as long as the kernels.
+# pip_install WHAT... : quiet, and one line where it fails. Bytecode is written where a module is first imported: most
+# of torch, transformers and sympy never is, and compiling all of it takes as long as the kernels.
 pip_install() {
     if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile --retries 2 "$@" >>"$log" 2>&1; then
         if grep -qiE 'connection|resolution|timed out|no matching distribution|network' "$log"; then
-            fail "pip could not fetch '${*: -1}': is there a network, and is Python's package index reachable? Details: $log"
+            fail "pip could not fetch '${*: -1}': is there a network, is pypi.org reachable? Details: $log"
         fi
         fail "pip could not install '${*: -1}'. Details: $log"
     fi
@@ -32,7 +32,8 @@ pip_install() {
 # install_requirements EXTRA... [--group GROUP]: what pyproject.toml asks for, without building the package itself.
 install_requirements() {
     local found
-    found=$("$venv/bin/python" scripts/requirements.py "$@" 2>>"$log") || fail "pyproject.toml cannot be read. Details: $log"
+    found=$("$venv/bin/python" scripts/requirements.py "$@" 2>>"$log") ||
+        fail "pyproject.toml cannot be read. Details: $log"
     pip_install $found # one a line, without spaces
 }
 
@@ -92,7 +93,8 @@ install_bench() {
 }
 
 check_compiler() {
-    command -v "${CXX:-g++}" >/dev/null || fail "needs a C++ compiler for torch.compile in the tests; '${CXX:-g++}' is not there. Install g++"
+    command -v "${CXX:-g++}" >/dev/null ||
+        fail "needs a C++ compiler for torch.compile in the tests; '${CXX:-g++}' is not there. Install g++"
 }
 
 cd "$(dirname "$0")/.."

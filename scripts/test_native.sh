@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The kernels' C++ tests in every way this machine can run them: as they ship, under AddressSanitizer and UBSan, under
-# ThreadSanitizer, and on emulated processors: old x86 ones, which must not meet an instruction they lack, and 64-bit Arm.
-# Arguments go to kernel_tests (--long, --seed N). Builds lie in build/native-*, JOBS compilers at once (all cores).
+# ThreadSanitizer, and on emulated processors: old x86 ones, which must not meet an instruction they lack, and 64-bit
+# Arm. Arguments go to kernel_tests (--long, --seed N). Builds lie in build/native-*, JOBS compilers at once (all
+# cores).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:$PWD/.venv/bin # cmake comes with the package's own set-up where the system has none
@@ -58,7 +59,8 @@ elif ! has qemu-x86_64; then
     skip "emulated x86 processors: needs qemu-x86_64 (Debian: qemu-user)"
 else
     emulated qemu-x86_64 Nehalem scalar build/native-release/kernel_tests "$@"
-    if [[ $(printf '%s\n' 7.2 "$(qemu-x86_64 --version | grep -oE '[0-9]+\.[0-9]+' | head -n 1)" | sort -V | head -n 1) == 7.2 ]]; then
+    version=$(qemu-x86_64 --version | grep -oE '[0-9]+\.[0-9]+' | head -n 1)
+    if [[ $(printf '%s\n' 7.2 "$version" | sort -V | head -n 1) == 7.2 ]]; then
         emulated qemu-x86_64 Haswell avx2 build/native-release/kernel_tests "$@"
     else
         skip "an emulated Haswell: qemu-x86_64 knows AVX2 from release 7.2 on"
@@ -66,7 +68,7 @@ else
 fi
 
 if ! has aarch64-linux-gnu-g++ qemu-aarch64; then
-    skip "emulated Arm processors: needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)"
+    skip "emulated Arm processors: needs aarch64-linux-gnu-g++, qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)"
 else
     build aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
         -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static

@@ -23,7 +23,7 @@ from torch import nn
 
 from lookupffn import machine, native
 from lookupffn.bench.engines import dense_chain, dense_runs, torch_runner
-from lookupffn.bench.timing import Timing, keep_freed_memory, time_interleaved
+from lookupffn.bench.timing import Timing, time_interleaved
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.memory import HUGE_PAGE, aligned_bytes
@@ -88,7 +88,6 @@ def bench(
     console: Console,
 ) -> Iterator[list[dict]]:
     """Measures every engine at every size and prints a table a shape; after each shape all records until then."""
-    keep_freed_memory()
     common = {"cpu": machine.cpu_name(), "versions": versions(), "isa": native.implementation(), "seed": seed}
     before, records, failed = torch.get_num_threads(), [], set()
     try:

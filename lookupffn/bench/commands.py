@@ -11,14 +11,16 @@ from lookupffn.errors import InputError
 from lookupffn.extras import require
 
 app = typer.Typer()
+WIDTHS = [512]
+TOKENS = [1, 8, 64, 512, 4096, 32768]
 
 
 @app.command()
 def bench(
-    hidden_size: Annotated[list[int], typer.Option(help="width; repeat for more; the dense FFN is 4 times as wide")] = [  # noqa: B006
-        512
-    ],
-    tokens: Annotated[list[int], typer.Option(help="tokens a call; repeat for more")] = [1, 8, 64, 512, 4096, 32768],  # noqa: B006
+    hidden_size: Annotated[
+        list[int], typer.Option(help="width; repeat for more; the dense FFN is 4 times as wide")
+    ] = WIDTHS,
+    tokens: Annotated[list[int], typer.Option(help="tokens a call; repeat for more")] = TOKENS,
     threads: Annotated[list[int] | None, typer.Option(help="threads; repeat for more [1 and all]")] = None,
     seconds: Annotated[float, typer.Option(help="time for each engine at each size")] = 0.5,
     json: Annotated[str, typer.Option(help="file for one JSON line a measurement")] = "runs/bench/bench.jsonl",
@@ -31,7 +33,9 @@ def bench(
         raise InputError("hidden sizes, tokens, threads and seconds must be positive")
     require("bench", "lookupffn bench")  # before anything is measured
     from lookupffn.bench import benchmark as run
+    from lookupffn.bench.timing import keep_freed_memory
 
+    keep_freed_memory()
     console, counts = Console(soft_wrap=True), threads or sorted({1, torch.get_num_threads()})
     shapes = [(width, 4 * width) for width in hidden_size]
     for records in run.bench(shapes, tokens, counts, seconds=seconds, seed=seed, training=training, console=console):

@@ -54,7 +54,10 @@ def time_interleaved(
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep freed memory, as a server's allocator does; else page faults of the results would be timed."""
+    """Has glibc keep freed memory, as a server's allocator does; else page faults of the results would be timed.
+
+    For a process that does nothing but measure: it is a setting of the whole process.
+    """
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

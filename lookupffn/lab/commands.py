@@ -24,7 +24,7 @@ def compare(
     preset: Annotated[str | None, typer.Option(help="model size [small]")] = None,
     data: Annotated[str | None, typer.Option(help="text, as of pretrain [stdlib]")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="optimizer steps; repeat for more horizons [1000]")] = None,
-    seed: Annotated[list[int], typer.Option(help="seed; repeat for more")] = [0],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="seed; repeat for more")] = [0],
     jobs: Annotated[int, typer.Option(help="runs at a time, the threads divided among them")] = 1,
     seconds: Annotated[float, typer.Option(help="time for each form of each layer when speed is measured")] = 1.0,
     output_dir: Annotated[str, typer.Option(help="folder of runs, table, lines and plot")] = "runs/compare",
@@ -58,7 +58,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="optimizer steps of each model, instead of a time")] = None,
     seed: Annotated[int, typer.Option(help="of initialisation, data order and masks")] = 0,
 ):
-    """Trains a dense and a lookup twin on Python's own standard library and writes a report that compares them."""
+    """Trains a dense and a lookup model on Python's own standard library and writes a report that compares them."""
     if not minutes > 0 or (steps is not None and steps < 1):
         raise InputError(f"minutes and steps must be positive, not {minutes} and {steps}")
     require("lab", "lookupffn demo")

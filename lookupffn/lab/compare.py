@@ -237,7 +237,7 @@ def _end_of_training(run: Run) -> dict:
     """Training loss over the last twentieth of the run, and the use of buckets in its last log, layer by layer."""
     logs = [line for line in read_metrics(run.folder / "metrics.jsonl") if "loss" in line]
     last = [line["loss"] for line in logs if line["step"] > 0.95 * run.config.steps]
-    return {"train_loss": statistics.mean(last) if last else None, "cells": logs[-1]["cells"] if logs else []}
+    return {"train_loss": statistics.mean(last) if last else None, "buckets": logs[-1]["buckets"] if logs else []}
 
 
 def _load(run: Run) -> LookupRobertaForMaskedLM:

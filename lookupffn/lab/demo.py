@@ -1,6 +1,6 @@
 """The demo: a lookup model and its matched dense baseline, compared in one report.
 
-The two, twins from here on, are trained on Python's own standard library and differ in nothing but their FFN.
+The two are trained on Python's own standard library and differ in nothing but their FFN.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lookupffn.diagnostics import HashMonitor
 from lookupffn.errors import InputError
 from lookupffn.hf import LookupRobertaForMaskedLM
 from lookupffn.lab.report import verdict, words, write_report
-from lookupffn.lab.speed import TIMED_TOKENS, time_twins
+from lookupffn.lab.speed import TIMED_TOKENS, time_models
 from lookupffn.runtime.packed import pack
 from lookupffn.train.config import PretrainConfig
 from lookupffn.train.data import PretrainingData
 from lookupffn.train.masking import MaskedBlocks, unigram_entropy
 from lookupffn.train.pretrain import PretrainResult, datasets, evaluate, log_perplexity, parameter_groups, pretrain
 
-TWINS = ("dense", "lookup")
-CALIBRATION_SECONDS = 8.0  # a twin; a shorter look at a noisy machine misjudged a run by 15 %
+MODELS = ("dense", "lookup")
+CALIBRATION_SECONDS = 8.0  # a model; a shorter look at a noisy machine misjudged a run by 15 %
 TRAINER_OVERHEAD = 1.13  # a step with the Trainer's own work and its share of the evaluations, against a bare step
 EVALUATIONS = 8
 
@@ -59,9 +59,9 @@ SENTENCES = (
 
 
 def demo(output_dir: str | Path, *, minutes: float, steps: int | None, seed: int) -> Path:
-    """Trains both twins for about ``minutes`` in all (or ``steps`` each), measures them, writes ``report.html``.
+    """Trains both models for about ``minutes`` in all (or ``steps`` each), measures them, writes ``report.html``.
 
-    The twins differ in nothing but the FFN: same seed, batches, masks, steps. Returns the report's path.
+    They differ in nothing but the FFN: same seed, batches, masks, steps. Returns the report's path.
     """
     output_dir, console = Path(output_dir), Console()
     start = time.perf_counter()
@@ -69,12 +69,12 @@ def demo(output_dir: str | Path, *, minutes: float, steps: int | None, seed: int
     data = RECIPE.load_data()
     if steps is None:
         console.print("[bold]2/4[/] timing a few training steps of both models")
-        a_step = TRAINER_OVERHEAD * sum(_seconds_a_step(ffn, data) for ffn in TWINS)
+        a_step = TRAINER_OVERHEAD * sum(_seconds_a_step(ffn, data) for ffn in MODELS)
         steps = max(40, int(minutes * 60 / a_step))
     every = max(1, steps // (5 * EVALUATIONS))
     console.print(f"[bold]3/4[/] training dense and lookup, {steps:,} steps each; log perplexity in nats")
     results: dict[str, PretrainResult] = {}
-    for ffn in TWINS:
+    for ffn in MODELS:
         folder = output_dir / ffn
         if folder.exists() and not (folder / "config.json").exists():
             raise InputError(f"{folder} is there and holds no run of lookupffn: choose another --output-dir")
@@ -99,7 +99,7 @@ def demo(output_dir: str | Path, *, minutes: float, steps: int | None, seed: int
 
 
 def _seconds_a_step(ffn: str, data: PretrainingData) -> float:
-    """Seconds that one training step of this twin takes here: the mean of a few seconds after two to warm up."""
+    """Seconds that one training step of this model takes here: the mean of a few seconds after two to warm up."""
     config = dataclasses.replace(RECIPE, ffn=ffn)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # as the Trainer chooses
     model = LookupRobertaForMaskedLM(config.model_config(data.tokenizer)).to(device).train()
@@ -125,7 +125,7 @@ def _report(results: dict[str, PretrainResult], data: PretrainingData, config: P
     batch = torch.stack([validation[i]["input_ids"] for i in range(max(TIMED_TOKENS) // config.sequence_length)])
     # The lookup model is timed as it would be used, packed for the CPU engine; its log perplexity so is given.
     packed = pack(models["lookup"]) if native.available() else models["lookup"]
-    timings, left_out = time_twins({"dense": models["dense"].encoder, "lookup": packed.encoder}, batch)
+    timings, left_out = time_models({"dense": models["dense"].encoder, "lookup": packed.encoder}, batch)
     reports = {ffn: _model_report(result, validation, timings[ffn], batch) for ffn, result in results.items()}
     if native.available():
         reports["lookup"]["packed"] = {
@@ -181,7 +181,7 @@ def _model_report(result: PretrainResult, validation: MaskedBlocks, timings: lis
         "ffn_us_per_token": ffn_us,
         "timings": timings,
         "curve": result.curve,
-        "cells": monitor.summary(),
+        "buckets": monitor.summary(),
     }
 
 
@@ -200,11 +200,11 @@ def _fill(models: dict[str, LookupRobertaForMaskedLM], tokenizer, text: str, bes
 
 
 def _print(console: Console, report: dict) -> None:
-    dense, lookup = (report["models"][ffn] for ffn in TWINS)
+    dense, lookup = (report["models"][ffn] for ffn in MODELS)
     table = Table(
         title=f"{report['tokens_trained']:,} tokens trained, unigram entropy {report['unigram_entropy']:.3f} nats"
     )
-    for heading in ("", *TWINS, "lookup / dense"):
+    for heading in ("", *MODELS, "lookup / dense"):
         table.add_column(heading, justify="left" if not heading else "right")
     rows = [
         ("log perplexity (nats)", "log_perplexity", ".3f"),

@@ -25,7 +25,7 @@ Form = tuple[str, str, str]  # model, engine, dtype
 
 
 @torch.no_grad()
-def time_twins(encoders: dict[str, LookupRobertaModel], batch: Tensor) -> tuple[dict[str, list[dict]], list[dict]]:
+def time_models(encoders: dict[str, LookupRobertaModel], batch: Tensor) -> tuple[dict[str, list[dict]], list[dict]]:
     """What one FFN and the encoder of both models take at each size of TIMED_TOKENS, and what was left out and why.
 
     ``encoders`` are "dense" and "lookup", the latter packed where there are kernels; ``batch`` is of 512 tokens. An FFN

@@ -221,7 +221,7 @@ class _Metrics(TrainerCallback):
         tokens = state.global_step * self.config.batch_size * self.config.sequence_length
         line = {"step": state.global_step, "tokens": tokens, "seconds": self.seconds(), **logs}
         if "loss" in logs:
-            line["cells"] = self.monitor.summary()
+            line["buckets"] = self.monitor.summary()
             self.monitor.reset()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

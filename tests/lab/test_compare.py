@@ -148,8 +148,8 @@ def test_runs_are_trained_measured_and_not_trained_again(corpus, tmp_path, capsy
         assert six["log_perplexity_int8"] == log_perplexity(sums)["log_perplexity"] != six["log_perplexity"]
         assert (six["ffn_dtype"], six["ffn_us_per_token"]) == ("int8", pytest.approx(2))
     assert 0 < dense["train_loss"] < 7
-    assert dense["cells"] == []
-    assert six["cells"][0]["bits"] == 24
+    assert dense["buckets"] == []
+    assert six["buckets"][0]["bits"] == 24
     assert (tmp_path / "compare.png").stat().st_size > 10_000
     table = (tmp_path / "compare.md").read_text().splitlines()
     assert len(table) == 5

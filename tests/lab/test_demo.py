@@ -20,7 +20,7 @@ from lookupffn.train.pretrain import datasets, evaluate, log_perplexity
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
 
 
-def time_twins(encoders, batch):
+def time_models(encoders, batch):
     """Two forms of each model; at 512 tokens the second is the faster one."""
     assert batch.shape == (8, 64)
     timings = {"dense": [], "lookup": []}
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
         evaluation_sequences=16,
     )
     patch.setattr(demo_module, "RECIPE", recipe)
-    patch.setattr(demo_module, "time_twins", time_twins)
+    patch.setattr(demo_module, "time_models", time_models)
     patch.setattr(demo_module, "CALIBRATION_SECONDS", 0.0)
     yield demo_module.demo(folder / "out", minutes=0.001, steps=None, seed=3).parent
     patch.undo()
@@ -79,8 +79,8 @@ def test_report_json_keeps_its_keys(folder):
             (w, n) for w in ("ffn", "model") for n in (1, 512)
         }
         assert model["curve"][-1]["tokens"] == report["tokens_trained"]
-    assert report["models"]["dense"]["cells"] == []
-    assert len(report["models"]["lookup"]["cells"]) == 2
+    assert report["models"]["dense"]["buckets"] == []
+    assert len(report["models"]["lookup"]["buckets"]) == 2
     assert len(report["fills"]) == len(demo_module.SENTENCES)
 
 
@@ -123,7 +123,7 @@ def test_steps_are_as_many_as_fit_into_the_minutes(monkeypatch, tmp_path):
     assert seen == [(ffn, steps, 5 * (steps // 40)) for ffn in ("dense", "lookup")]
 
 
-def test_twins_differ_in_nothing_but_the_ffn(folder):
+def test_the_models_differ_in_nothing_but_the_ffn(folder):
     configs = [json.loads((folder / ffn / "config.json").read_text()) for ffn in ("dense", "lookup")]
     assert [c.pop("ffn") for c in configs] == ["dense", "lookup"]
     assert configs[0] == configs[1]

@@ -83,7 +83,7 @@ def _report():
         ],
         "training_seconds": 214.6,
         "curve": _curve(3.24, 420),
-        "cells": [],
+        "buckets": [],
     }
     lookup = {
         "ffn": "lookup",
@@ -109,7 +109,7 @@ def _report():
         "timings": _timings((309.5, 39.84, 2140.8, 187.9), "lookupffn avx512_vnni", "int8"),
         "training_seconds": 371.2,
         "curve": _curve(3.35, 450),
-        "cells": _buckets(),
+        "buckets": _buckets(),
     }
     guesses = {
         "dense": [
@@ -416,7 +416,7 @@ def test_one_bad_number_hides_no_other(report, tmp_path):
 def test_nothing_measured(report, tmp_path):
     report["fills"], report["data"]["skipped"], report["data"]["skipped_examples"] = [], {}, []
     for model in report["models"].values():
-        model["curve"], model["timings"], model["cells"] = [], [], []
+        model["curve"], model["timings"], model["buckets"] = [], [], []
     html = _html(report, tmp_path)
     assert "<svg" not in html
     assert "Learning curves: not measured." in html

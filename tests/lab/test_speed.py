@@ -1,4 +1,4 @@
-"""The forms in which the twins are timed: what each computes, that all take turns, and which of them is named."""
+"""The forms in which the two models are timed: what each computes, that all take turns, and which of them is named."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:Deprec
 
 @pytest.fixture
 def encoders(one_thread):
-    """Small twins, the lookup packed."""
+    """Small models, the lookup packed."""
     made = {}
     for ffn in ("dense", "lookup"):
         options = {"num_tables": 9} if ffn == "lookup" else {}
@@ -56,7 +56,7 @@ def test_every_form_computes_its_model_and_takes_its_turn(encoders, batch, monke
 
     monkeypatch.setattr(speed, "torch_runner", torch_runner)
     monkeypatch.setattr(speed, "time_interleaved", time_interleaved)
-    timings, left_out = speed.time_twins(encoders, batch)
+    timings, left_out = speed.time_models(encoders, batch)
     assert sorted(seen) == [False] * 10 + [True] * 10  # at two sizes one FFN, and two encoders in two types
     assert left_out == [
         {"what": "ffn", "engine": "dense in Broken int8", "reason": "no such instruction"},
@@ -109,6 +109,6 @@ def test_every_form_computes_its_model_and_takes_its_turn(encoders, batch, monke
 def test_both_encoders_and_ffns_compile_whole(encoders, batch, monkeypatch):
     monkeypatch.setattr(speed, "SECONDS_A_FORM", 0.01)
     monkeypatch.setattr(engines, "DENSE_ENGINES", tuple(e for e in DENSE_ENGINES if e.package is None))
-    timings, left_out = speed.time_twins(encoders, batch)
+    timings, left_out = speed.time_models(encoders, batch)
     assert left_out == []
     assert {ffn: len(of_model) for ffn, of_model in timings.items()} == {"dense": 2 * (4 + 4), "lookup": 2 * (2 + 4)}

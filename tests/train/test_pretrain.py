@@ -144,9 +144,9 @@ def test_a_run_leaves_a_model_metrics_and_whole_checkpoints(uninterrupted):
     assert not reloaded.config.sparse_prediction
     again = log_perplexity(evaluate(reloaded, result.validation))
     assert again["log_perplexity"] == pytest.approx(saved["log_perplexity"], rel=1e-6)
-    cells = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "cells" in line]
-    assert len(cells[0]["cells"]) == 2
-    assert cells[0]["cells"][0]["bits"] == 24
+    buckets = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "buckets" in line]
+    assert len(buckets[0]["buckets"]) == 2
+    assert buckets[0]["buckets"][0]["bits"] == 24
 
 
 DIES_WHILE_SAVING = """
@@ -316,9 +316,9 @@ def test_an_unknown_preset_or_ffn_is_refused_before_any_text_is_read(name, value
         PretrainConfig(data="/nowhere", **{name: value}).load_data()
 
 
-def test_twins_start_from_the_same_weights_but_for_their_ffn():
-    twins = [build_model(config_for("stdlib", "x", ffn=ffn), _Tokenizer()) for ffn in ("dense", "lookup")]
-    dense, lookup = (dict(model.named_parameters()) for model in twins)
+def test_matched_models_start_from_the_same_weights_but_for_their_ffn():
+    models = [build_model(config_for("stdlib", "x", ffn=ffn), _Tokenizer()) for ffn in ("dense", "lookup")]
+    dense, lookup = (dict(model.named_parameters()) for model in models)
     shared = dense.keys() & lookup.keys()
     others = dense.keys() ^ lookup.keys()
     assert others

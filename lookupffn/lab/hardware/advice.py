@@ -18,7 +18,7 @@ from torch import nn
 
 from lookupffn import ops
 from lookupffn.bench.engines import DENSE_ENGINES, dense_chain, torch_runner
-from lookupffn.bench.timing import keep_freed_memory, time_interleaved
+from lookupffn.bench.timing import time_interleaved
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.lab.hardware.case import LINE, Case
 from lookupffn.lab.hardware.model import Machine, dense_ns, predict, tuned
@@ -158,7 +158,6 @@ def measure(
     All in turn, each in a chain of ``layers`` different layers with random weights; the lookup is called "lookup". Each
     is the tenth percentile of its blocks: predictions are of the machine at its best.
     """
-    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

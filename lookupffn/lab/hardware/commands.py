@@ -72,7 +72,7 @@ def predict(
     block_size: BlockSize = 8,
     dtype: Dtype = "int8",
     layers: Layers = 12,
-    tokens: Tokens = [1, 64, 4096],  # noqa: B006
+    tokens: Tokens = [1, 64, 4096],
     threads: Threads = 1,
     operations: Annotated[
         str | None, typer.Option(help="file of `count`, for an install without the library that counts")
@@ -125,7 +125,7 @@ def count(
     reads: Reads = 3,
     block_size: BlockSize = 8,
     dtype: Dtype = "int8",
-    tokens: Tokens = [1, 64, 4096],  # noqa: B006
+    tokens: Tokens = [1, 64, 4096],
     threads: Threads = 1,
     json_file: Annotated[str, typer.Option("--json", help="file of the lines")] = "runs/hardware/operations.jsonl",
 ):
@@ -159,11 +159,13 @@ def validate(
     """Predictions beside measurements on this machine: how far the model is to be trusted here."""
     import torch
 
+    from lookupffn.bench.timing import keep_freed_memory
     from lookupffn.lab.hardware import validate as run
 
     check_positive(cases=cases, passes=passes, seconds=seconds)
     console = Console(soft_wrap=True)
     samples = run.sample_cases(cases, seed, torch.get_num_threads()), run.sample_steps(steps, seed)
+    keep_freed_memory()
     with console.status("validating") as status:
 
         def probe_once():
@@ -179,7 +181,7 @@ def validate(
 def simulate(
     caches: Annotated[
         list[str], typer.Option(help="KiB/ways of a level, from L1 outwards; repeat for more [those of this machine]")
-    ] = [],  # noqa: B006
+    ] = [],
     hidden_size: HiddenSize = 512,
     num_tables: NumTables = 128,
     code_bits: CodeBits = 8,
@@ -242,10 +244,10 @@ def study(
     output_dir: Annotated[str, typer.Option(help="folder of lines and report")] = "runs/hardware",
     machine: Annotated[
         list[str], typer.Option(help="beside the described ones: `here`, or a file that probe wrote; repeat for more")
-    ] = [],  # noqa: B006
+    ] = [],
     lines: Annotated[
         list[str], typer.Option(help="JSON lines of validate, simulate or the ladder for the report; repeat for more")
-    ] = [],  # noqa: B006
+    ] = [],
 ):
     """Lookup beside dense on every described machine and on chips that are not built yet: lines, plots, report."""
     require("lab", "lookupffn hardware study")
@@ -280,13 +282,14 @@ def advise(
     layers: Layers = 12,
     memory: Annotated[float, typer.Option(help="MiB that all lookup layers may take together")] = 1024.0,
     fewer: Annotated[float, typer.Option(help="how many times fewer multiply-adds than dense, at least")] = 6.0,
-    tokens: Tokens = [1, 64, 4096],  # noqa: B006
+    tokens: Tokens = [1, 64, 4096],
     threads: Threads = 1,
     machine: MachineOption = "here",
-    dtype: Annotated[list[str], typer.Option(help="of tables: int8, bfloat16, float32; repeat for more")] = ["int8"],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="of tables: int8, bfloat16, float32; repeat for more")] = ["int8"],
     check: Annotated[bool, typer.Option(help="time the first of them here, beside every dense engine at hand")] = True,
 ):
     """Names tables, code bits, reads and type for a model's shape, a memory budget and a machine, with the times."""
+    from lookupffn.bench.timing import keep_freed_memory
     from lookupffn.lab.hardware import advice
 
     inner, console = intermediate_size or 4 * hidden_size, Console(soft_wrap=True)
@@ -320,6 +323,7 @@ def advise(
         console.print("Not measured for this shape; docs/hardware.md says how far predictions were off elsewhere.")
         return
     first = found.options[0]
+    keep_freed_memory()
     with console.status("timing the first beside dense"):
         times = advice.measure(first, hidden_size, inner, layers, threads=threads)
     for n, measured in times.items():

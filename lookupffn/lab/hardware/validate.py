@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lookupffn.bench.timing import keep_freed_memory, on_core, some_cores, time_interleaved
+from lookupffn.bench.timing import on_core, some_cores, time_interleaved
 from lookupffn.lab.hardware.case import ITEM_BYTES, Case
 from lookupffn.lab.hardware.model import Machine, predict, predict_training
 from lookupffn.lab.hardware.probe import median, training_stages
@@ -89,7 +89,6 @@ def measure(
     progress: Callable[[str], object],
 ) -> tuple[list[dict], list[list[dict]], list[list[dict]]]:
     """What each pass found: the probe, and of every case and every step."""
-    keep_freed_memory()
     probes, of_cases, of_steps = [], [[] for _ in cases], [[] for _ in steps]
     before = torch.get_num_threads()
     try:

@@ -64,7 +64,7 @@ def _page(report):
         lstrip_blocks=True,
     )
     dense, lookup = report["models"]["dense"], report["models"]["lookup"]
-    buckets = lookup["cells"]
+    buckets = lookup["buckets"]
     return environment.get_template("template.html.j2").render(
         report=report,
         words=words,
