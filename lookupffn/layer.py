@@ -217,6 +217,13 @@ class LookupFFN(nn.Module):
         y = torch.ops.lookupffn.gather(self.tables, codes, scores) + self.bias  # (B, E)
         return y.to(x.dtype).reshape(*x.shape[:-1], c.out_features)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # An error whether or not torch is strict: the last of `rest` is its list of them.
+        if f"{prefix}packed" in state_dict:
+            rest[-1].append(f"{prefix}packed: of a packed layer; pack the model first, or use load_packed")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def project(self, x: Tensor) -> Tensor:
         """``z = P(x)``: ``x (..., in_features)`` to ``(B, T, tau)`` in float32 or better, ``B`` all leading sizes."""
         c = self.config

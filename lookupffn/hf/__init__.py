@@ -15,6 +15,7 @@ except ModuleNotFoundError:
     raise
 
 from lookupffn.hf.configuration import PRESETS, LookupRobertaConfig
+from lookupffn.hf.packed import PackedConfig
 from lookupffn.hf.roberta import (
     LookupRobertaForCausalLM,
     LookupRobertaForMaskedLM,
@@ -35,4 +36,5 @@ __all__ = [
     "LookupRobertaForMaskedLM",
     "LookupRobertaForSequenceClassification",
     "LookupRobertaModel",
+    "PackedConfig",
 ]

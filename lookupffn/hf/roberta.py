@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from lookupffn.errors import check
 from lookupffn.ffns import build_ffn
 from lookupffn.hf.configuration import LookupRobertaConfig
+from lookupffn.hf.packed import mark_packed
 
 
 class PositionEmbedding(nn.Embedding):
@@ -115,6 +116,11 @@ class LookupRobertaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["Layer"]
     _can_record_outputs = {"hidden_states": Layer, "attentions": SelfAttention}
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As every model's; one that holds packed layers comes back packed, the same bits, by ``from_pretrained``."""
+        mark_packed(self)
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -286,6 +292,20 @@ class LookupRobertaForCausalLM(LookupRobertaForMaskedLM):
         return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
+class ClassificationHead(nn.Module):
+    """RoBERTa's, ``out_proj(tanh(dense(x)))`` with dropout before both; one module, as PEFT wants the head to be."""
+
+    def __init__(self, config: LookupRobertaConfig):
+        super().__init__()
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
+
+
 class LookupRobertaForSequenceClassification(LookupRobertaPreTrainedModel):
     """The encoder with RoBERTa's classification head on the first token or the mean (`classifier_pooling`)."""
 
@@ -295,10 +315,7 @@ class LookupRobertaForSequenceClassification(LookupRobertaPreTrainedModel):
         check(pooling in ("cls", "mean"), "classifier_pooling", pooling, "cls or mean")
         self.num_labels = config.num_labels
         self.encoder = LookupRobertaModel(config)
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = ClassificationHead(config)
         self.post_init()
 
     @can_return_tuple
@@ -314,8 +331,7 @@ class LookupRobertaForSequenceClassification(LookupRobertaPreTrainedModel):
         """``labels (batch)``: classes, or float targets with ``num_labels == 1``; the loss follows
         ``config.problem_type`` as everywhere in transformers."""
         outputs = self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        pooled = self.dropout(self._pool(outputs.last_hidden_state, attention_mask))
-        logits = self.classifier(self.dropout(torch.tanh(self.dense(pooled))))
+        logits = self.classifier(self._pool(outputs.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)

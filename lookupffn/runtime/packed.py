@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from lookupffn import native, ops
 from lookupffn.errors import PackedError, check
 from lookupffn.files import atomic_replace
-from lookupffn.layer import LookupConfig, LookupFFN
+from lookupffn.layer import BH4, DenseProjection, LookupConfig, LookupFFN
 from lookupffn.memory import aligned_bytes
 from lookupffn.runtime.format import (
     PROJECTION_DTYPES,
@@ -104,7 +105,11 @@ class PackedLookupFFN(nn.Module):
         native.warn_if_absent()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Checked before they replace what is here; torch collects the errors of all modules, the last of `rest`.
+        # Checked before they replace what is here; torch collects the errors of all modules, the last of `rest`, and
+        # raises them whether or not it is strict.
+        if f"{prefix}tables" in state_dict:
+            rest[-1].append(f"{prefix}tables: of a layer that is not packed; load it into the model, then pack that")
+            return
         if (packed := state_dict.get(f"{prefix}packed")) is not None:
             try:
                 _header_of(self.config, packed)
@@ -186,7 +191,8 @@ def pack(
     not depend on it.
 
     Raises:
-        ValueError: no lookup layer in ``module``, an unknown dtype, or parameters that are not finite.
+        ValueError: no lookup layer in ``module``, an unknown dtype, parameters that are not finite, or a layer that
+            another library has wrapped, or whose projection it has replaced.
     """
     check(tables in TABLE_TYPES, "tables", tables, f"one of {', '.join(TABLE_TYPES)}")
     if projection is None:
@@ -198,8 +204,21 @@ def pack(
             raise ValueError(
                 f"the layer is on {layer.tables.device}: a packed layer runs on the CPU, move the model there"
             )
-        return _packed_layer(layer.config, encode(layer.for_inference(), tables, projection), tune)
+        whole = layer.for_inference()
+        if type(whole.projection) not in (BH4, DenseProjection, nn.Identity):
+            raise ValueError(
+                f"the layer's projection is a {type(whole.projection).__name__}, put there by another library: undo "
+                "that first (PEFT: merge_and_unload()), or pack before it"
+            )
+        return _packed_layer(layer.config, encode(whole, tables, projection), tune)
 
+    for name, layer in lookup_layers(module):
+        parent = module.get_submodule(name.rpartition(".")[0])
+        if getattr(parent, "base_layer", None) is layer:
+            raise ValueError(
+                f"layer {name!r} is wrapped by {type(parent).__name__}, whose part of it would be lost: merge it first "
+                "(PEFT: merge_and_unload())"
+            )
     return _replace_layers(module, {name: packed for name, _ in lookup_layers(module)}, inplace)
 
 
@@ -228,15 +247,37 @@ def lookup_layers(module: nn.Module) -> list[tuple[str, LookupFFN]]:
 
 
 def _replace_layers(module: nn.Module, make: dict, inplace: bool) -> nn.Module:
-    replacements = {name: make[name](layer).train(layer.training) for name, layer in lookup_layers(module)}
+    replacements = {}
+    for name, layer in lookup_layers(module):
+        replacements[name] = make[name](layer).train(layer.training)
+        _keep_hooks(name, layer, replacements[name])
     if "" in replacements:
         return replacements[""]
     if not inplace:  # the copy takes the new layers where the old ones were, so their tables are never copied
         memo = {id(module.get_submodule(name)): layer for name, layer in replacements.items()}
         return copy.deepcopy(module, memo)
-    new = {id(module.get_submodule(name)): layer for name, layer in replacements.items()}
+    return replace_modules(module, replacements)
+
+
+def _keep_hooks(name: str, layer: LookupFFN, packed: PackedLookupFFN) -> None:
+    """Hands the layer's forward hooks on; says how many its parts had, which have no place in a packed layer."""
+    hooks = [key for key in vars(layer) if key.startswith("_forward_") and isinstance(vars(layer)[key], dict)]
+    for key in hooks:
+        getattr(packed, key).update(getattr(layer, key))
+    parts = [part for part in layer.modules() if part is not layer]
+    lost = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
+    if lost:
+        warnings.warn(
+            f"layer {name!r}: {lost} forward hooks of its projection are not called in its packed form, which has none",
+            stacklevel=4,
+        )
+
+
+def replace_modules(module: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
+    """``module`` with the modules of these names replaced, in place, under every name of one that has several."""
+    new = {id(module.get_submodule(name)): other for name, other in replacements.items()}
     for parent in list(module.modules()):
-        for name, child in parent._modules.items():  # every name of a layer that is used more than once
+        for name, child in parent._modules.items():
             if id(child) in new:
                 parent._modules[name] = new[id(child)]
     return module

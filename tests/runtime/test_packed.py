@@ -203,6 +203,37 @@ def test_layers_that_cannot_be_packed_are_refused():
         pack(layer)
 
 
+def test_forward_hooks_of_a_layer_are_kept_and_those_of_its_parts_counted():
+    model, seen = Block(), []
+    model.first.register_forward_hook(lambda module, args, y: seen.append(("after", type(module), y)) or y)
+    model.first.register_forward_pre_hook(lambda module, args, kwargs: seen.append("before"), with_kwargs=True)
+    model.first.projection.register_forward_hook(lambda *_: seen.append("lost"))
+    with pytest.warns(UserWarning, match="layer 'first': 1 forward hooks of its projection are not called") as said:
+        fast = pack(model)
+    assert said[0].filename == __file__
+    x = torch.randn(3, 20)
+    y = fast.first(x)
+    assert seen == ["before", ("after", PackedLookupFFN, y)]
+    model.first(x)
+    assert seen[2:4] == ["before", "lost"]
+
+
+def test_layers_that_another_library_holds_are_refused():
+    class Adapter(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+    for inplace in (False, True):
+        model = torch.nn.Sequential(Adapter(trained(SMALL)))
+        with pytest.raises(ValueError, match=r"layer '0.base_layer' is wrapped by Adapter.*merge it first"):
+            pack(model, inplace=inplace)
+    layer = trained(dataclasses.replace(SMALL, projection="dense"))
+    layer.projection = torch.nn.Sequential(layer.projection)
+    with pytest.raises(ValueError, match="the layer's projection is a Sequential, put there by another library"):
+        pack(layer)
+
+
 def test_a_model_that_cannot_be_packed_is_left_as_it_was():
     model = Block()
     with torch.no_grad():
@@ -403,6 +434,19 @@ def test_a_pickled_layer_comes_back_bit_for_bit(dtype, tmp_path):
     for loaded in (torch.load(tmp_path / "module.pt", weights_only=False), pickle.loads(pickle.dumps(module))):
         assert torch.equal(loaded(x), module(x))
         assert (loaded.table_dtype, loaded.tiling) == (dtype, module.tiling)
+
+
+def test_state_dicts_of_packed_layers_and_of_others_do_not_pass_for_each_other():
+    model, x = Block(), torch.randn(3, 20)
+    fast = pack(model)
+    expected, packed_expected = model(x), fast(x)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"first.tables: of a layer that is not packed; load it into the model"):
+            fast.load_state_dict(model.state_dict(), strict=strict)
+        with pytest.raises(RuntimeError, match=r"first.packed: of a packed layer; pack the model first, or use load_p"):
+            model.load_state_dict(fast.state_dict(), strict=strict)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(fast(x), packed_expected)
 
 
 @pytest.mark.usefixtures("with_and_without_kernels")

@@ -1,0 +1,147 @@
+"""Packed models as transformers saves and loads them: ``save_pretrained`` and ``from_pretrained`` of one folder.
+
+To transformers a packed model is a quantised one: ``config.json`` says under ``quantization_config`` which layers are
+packed and in which dtypes, and the weights hold their bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lookupffn.errors import PackedError, check
+from lookupffn.layer import LookupConfig, LookupFFN
+from lookupffn.memory import aligned_bytes
+from lookupffn.runtime.format import PROJECTION_DTYPES, TABLE_TYPES, WEIGHT_TYPES, layout
+from lookupffn.runtime.packed import PackedLookupFFN, pack, replace_modules
+
+METHOD = "lookupffn"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """Which lookup layers of a model are packed, and how: ``quantization_config`` in ``config.json``.
+
+    Given to ``from_pretrained`` for a model that is not packed, it packs the model as it is loaded.
+
+    Args:
+        tables: dtype of the tables, ``"int8"``, ``"bfloat16"`` or ``"float32"``, as :func:`lookupffn.pack` takes it.
+        projection: dtype of the projections, by default the one that goes with ``tables``.
+        layers: where layers differ, ``{name in the base model: [tables, projection]}``; by default all are alike.
+
+    Raises:
+        ValueError: an unknown dtype or field.
+    """
+
+    def __init__(
+        self,
+        tables: str = "int8",
+        projection: str | None = None,
+        layers: dict[str, list[str]] | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ):
+        check(quant_method == METHOD, "quant_method", quant_method, repr(METHOD))
+        check(not unknown, "quantization_config", sorted(unknown), "of the fields tables, projection and layers")
+        check(tables in TABLE_TYPES, "tables", tables, f"one of {', '.join(TABLE_TYPES)}")
+        self.quant_method, self.tables = METHOD, tables
+        self.projection = PROJECTION_DTYPES[tables] if projection is None else projection
+        self.layers = layers
+        for name, kinds in (layers or {}).items():
+            fits = isinstance(kinds, list) and len(kinds) == 2 and kinds[0] in TABLE_TYPES and kinds[1] in WEIGHT_TYPES
+            check(fits, f"layers[{name!r}]", kinds, "[dtype of tables, dtype of projection]")
+        check(self.projection in WEIGHT_TYPES, "projection", projection, f"one of {', '.join(WEIGHT_TYPES)}")
+
+    def of_layer(self, name: str) -> list[str] | None:
+        """``[tables, projection]`` of the layer of this name in the base model; None where it is not packed."""
+        return [self.tables, self.projection] if self.layers is None else self.layers.get(name)
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> PackedConfig | None:
+        """What ``model`` holds; None where nothing in it is packed."""
+        kinds = {
+            _base_name(model, name): [layer.table_dtype, layer.weight_dtype]
+            for name, layer in model.named_modules()
+            if isinstance(layer, PackedLookupFFN)
+        }
+        if not kinds:
+            return None
+        first = next(iter(kinds.values()))
+        others = any(isinstance(module, LookupFFN) for module in model.modules())
+        alike = not others and all(kind == first for kind in kinds.values())
+        return cls(*first, layers=None if alike else kinds)
+
+
+def _base_name(model: PreTrainedModel, name: str) -> str:
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+class _Bytes(nn.Module):
+    """Stands where a packed layer will be until its bytes are there."""
+
+    def __init__(self, config: LookupConfig, size: int):
+        super().__init__()
+        self.config = config
+        self.register_buffer("packed", torch.empty(size, dtype=torch.uint8, device="meta"))
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """What transformers asks of a quantisation: layers that wait for bytes before weights are loaded, packed after."""
+
+    quantization_config: PackedConfig
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        waiting = {}
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LookupFFN):
+                continue
+            if kinds := self.quantization_config.of_layer(_base_name(model, name)):
+                waiting[name] = _Bytes(layer.config, layout(layer.config, *kinds)["total_bytes"])
+        replace_modules(model, waiting)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            c = self.quantization_config
+            check(not c.layers, "layers", c.layers, "left out where the model is not packed yet")
+            pack(model, c.tables, projection=c.projection, inplace=True)
+            return
+        ready = {}
+        for name, waiting in model.named_modules():
+            if isinstance(waiting, _Bytes):
+                try:
+                    packed = aligned_bytes(waiting.packed.numel()).copy_(waiting.packed)
+                    ready[name] = PackedLookupFFN(waiting.config, packed).train(waiting.training)
+                except PackedError as error:
+                    raise PackedError(f"{model.config._name_or_path}, layer {name!r}: {error}") from None
+        replace_modules(model, ready)
+
+
+def mark_packed(model: PreTrainedModel) -> None:
+    """Has ``model.config`` say what is packed in the model, so that it is saved, and nothing where nothing is.
+
+    Raises:
+        ValueError: the config names another quantisation beside packed layers.
+    """
+    config, found = getattr(model.config, "quantization_config", None), PackedConfig.of_model(model)
+    ours = config is None or isinstance(config, PackedConfig)
+    if found:
+        check(ours, "quantization_config", config, "lookupffn's alone where layers are packed")
+        model.config.quantization_config, model.hf_quantizer = found, PackedQuantizer(found)
+    elif config is not None and ours:
+        PackedQuantizer(config).remove_quantization_config(model)
