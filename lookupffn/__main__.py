@@ -63,7 +63,7 @@ def flops(
     intermediate_size: Annotated[int, typer.Option(help="width inside the dense FFN")] = 2048,
     num_tables: Annotated[list[int], typer.Option(help="tables T; repeat for more rows")] = [64, 128],
     code_bits: Annotated[int, typer.Option(help="bits of a code, tau")] = 8,
-    block_size: Annotated[int, typer.Option(help="edge of a BH4 block, b")] = 64,
+    block_size: Annotated[int | None, typer.Option(help="edge of a BH4 block, b [64, or the padded width]")] = None,
     reads: Annotated[int, typer.Option(help="buckets probed in a table, N")] = 1,
 ):
     """Multiply-adds, tables and bytes read a token: dense against lookup, float32."""
@@ -134,7 +134,7 @@ def tune(
     hidden_size: Annotated[int, typer.Option(help="without files: width of the layer, D = E")] = 768,
     num_tables: Annotated[int, typer.Option(help="tables T")] = 128,
     code_bits: Annotated[int, typer.Option(help="bits of a code, tau")] = 8,
-    block_size: Annotated[int, typer.Option(help="edge of a BH4 block, b")] = 64,
+    block_size: Annotated[int | None, typer.Option(help="edge of a BH4 block, b [64, or the padded width]")] = None,
     reads: Annotated[int, typer.Option(help="buckets probed in a table, N")] = 1,
     dtype: Annotated[str, typer.Option(help="of the tables: int8, bfloat16 or float32")] = "int8",
     tokens: Annotated[list[int], typer.Option(help="tokens a call; repeat for more")] = [8, 256],

@@ -19,6 +19,7 @@ from lookupffn.errors import check
 from lookupffn.reference import STAGES, next_power_of_two
 
 PROJECTIONS = ("bh4", "dense", "none")
+BLOCK_SIZE = 64  # by default, of layers that are wide enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class LookupConfig:
         code_bits: ``tau``, 1 to 16; a table has ``K = 2**tau`` rows.
         projection: ``"bh4"`` (block-diagonal and Hadamard factors), ``"dense"`` (one matrix) or ``"none"``
             (``x`` itself is ``z``, so ``in_features == num_tables * code_bits``).
-        block_size: ``b``, edge of a BH4 block; a power of two, at most the next power of two of ``in_features``.
+        block_size: ``b``, edge of a BH4 block; a power of two, at most ``D'``, the next power of two of
+            ``in_features``; by default ``min(64, D')``.
         decay: weight of the BH4 product against its input, ``z = decay * M x + (1 - decay) * x``, in [0, 1].
         reads: ``N``, buckets probed in each table (multi-probe), nearest first, 1 to 4.
         version: version of this record, 1.
@@ -46,25 +48,23 @@ class LookupConfig:
     num_tables: int = 64
     code_bits: int = 8
     projection: str = "bh4"
-    block_size: int = 64
+    block_size: int = None  # type: ignore[assignment]  # an int from __post_init__ on
     decay: float = 0.7
     reads: int = 1
     version: int = 1
 
     def __post_init__(self) -> None:
-        for name in (
-            "in_features",
-            "out_features",
-            "num_tables",
-            "code_bits",
-            "block_size",
-            "reads",
-            "version",
-        ):
+        block_size: Any = self.block_size
+        if block_size is None and type(self.in_features) is int and self.in_features >= 1:
+            fits = min(BLOCK_SIZE, self.padded_features) if self.projection == "bh4" else BLOCK_SIZE
+            object.__setattr__(self, "block_size", fits)
+        for name in ("in_features", "out_features", "num_tables", "code_bits", "reads", "version"):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}")
         for name in ("in_features", "out_features", "num_tables"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        if type(self.block_size) is not int:
+            raise TypeError(f"block_size must be an int, not {self.block_size!r}")
         check(self.version == 1, "version", self.version, "1, the only version that this lookupffn reads")
         check(1 <= self.code_bits <= 16, "code_bits", self.code_bits, "1 to 16")
         check(self.projection in PROJECTIONS, "projection", self.projection, f"one of {', '.join(PROJECTIONS)}")

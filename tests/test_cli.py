@@ -126,6 +126,13 @@ def test_a_bad_file_of_recipes_is_named(tmp_path, run, text, message):
     assert message in error
 
 
+@pytest.mark.parametrize("names", ["", " , "])
+def test_a_comparison_of_nothing_is_refused(run, names):
+    status, error = run("compare", f"--ffn={names}")
+    assert status == 2
+    assert f"--ffn {names!r} names no feed-forward layer" in " ".join(error.split())
+
+
 def test_the_recipes_of_the_experiments_can_be_planned():
     from lookupffn.lab.compare import plan
 

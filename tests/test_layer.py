@@ -381,7 +381,9 @@ def test_config_names_field_value_and_range(change, message):
         LookupConfig(**{"in_features": 300, "out_features": 8} | change)
 
 
-@pytest.mark.parametrize("change", [{"num_tables": 8.0}, {"code_bits": True}, {"decay": "0.7"}, {"reads": "1"}])
+@pytest.mark.parametrize(
+    "change", [{"num_tables": 8.0}, {"code_bits": True}, {"decay": "0.7"}, {"reads": "1"}, {"block_size": "16"}]
+)
 def test_config_refuses_other_types(change):
     with pytest.raises(TypeError, match=f"{next(iter(change))} must be"):
         LookupConfig(**{"in_features": 300, "out_features": 8} | change)
@@ -392,3 +394,11 @@ def test_config_round_trips_and_is_frozen():
     assert LookupConfig(**config.to_dict()) == config
     with pytest.raises(AttributeError):
         config.reads = 2
+
+
+@pytest.mark.parametrize(("width", "block_size"), [(1, 1), (20, 32), (32, 32), (33, 64), (64, 64), (700, 64)])
+def test_blocks_fit_the_width_where_nobody_set_them(width, block_size):
+    config = LookupConfig(width, 5, num_tables=3)
+    assert config.block_size == block_size
+    assert LookupConfig(**config.to_dict()) == config
+    assert LookupFFN(config)(torch.randn(2, width)).shape == (2, 5)

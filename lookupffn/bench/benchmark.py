@@ -27,7 +27,6 @@ from lookupffn.bench.timing import Timing, time_interleaved
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.memory import HUGE_PAGE, aligned_bytes
-from lookupffn.reference import next_power_of_two
 from lookupffn.runtime.packed import pack
 
 CHAIN = 12
@@ -49,8 +48,7 @@ class Lookup:
     projection_dtype: str | None = None
 
     def config(self, hidden_size: int) -> LookupConfig:
-        block = min(64, next_power_of_two(hidden_size))
-        return LookupConfig(hidden_size, hidden_size, num_tables=self.num_tables, reads=self.reads, block_size=block)
+        return LookupConfig(hidden_size, hidden_size, num_tables=self.num_tables, reads=self.reads)
 
     @property
     def label(self) -> str:

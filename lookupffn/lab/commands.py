@@ -46,6 +46,8 @@ def compare(
 
     quiet()
     names = [name.strip() for name in ffn.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"--ffn {ffn!r} names no feed-forward layer: give one or more, with commas, as dense,lookup")
     lab.compare(lab.plan(recipes, common, names, seed, steps, output_dir), output_dir, jobs=jobs, seconds=seconds)
 
 

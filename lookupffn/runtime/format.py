@@ -60,11 +60,11 @@ def encode(layer: LookupFFN, tables: str = "int8", projection: str = "int8") -> 
             f"tables must be one of {', '.join(TABLE_TYPES)} and projection one of {', '.join(WEIGHT_TYPES)}, "
             f"not {tables!r} and {projection!r}"
         )
-    for name, parameter in layer.named_parameters():
-        if not parameter.float().isfinite().all():
-            raise ValueError(f"{name} holds values that are not finite: this layer cannot be packed")
     h = layout(layer.config, tables, projection)
     with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if not parameter.float().isfinite().all():
+                raise ValueError(f"{name} holds values that are not finite: this layer cannot be packed")
         return _assemble(h, _projection(layer, h) | _tables(layer, h))
 
 

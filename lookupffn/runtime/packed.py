@@ -175,29 +175,29 @@ class PackedLookupFFN(nn.Module):
 
 def pack(
     module: nn.Module,
-    tables: str = "int8",
+    tables: str | torch.dtype = "int8",
     *,
-    projection: str | None = None,
+    projection: str | torch.dtype | None = None,
     inplace: bool = False,
     tune: bool = False,
 ) -> nn.Module:
     """The fast form of a trained :class:`LookupFFN`, or of a model with every lookup layer in it packed.
 
-    ``tables`` is their dtype: ``"int8"``, ``"bfloat16"`` or ``"float32"``. ``projection`` is ``"int8"``, ``"int16"``
-    (twice the bytes and time of int8, a tenth of its error) or ``"float32"``; by default int8 with int8 tables, int16
-    with bfloat16 and float32 with float32. With ``inplace`` the model's layers are replaced, without it the model is
-    copied, all but its lookup layers. Loop sizes come from the sizes of the caches; ``tune`` times a few on this
-    machine, a tenth of a second the first time a shape is met, and keeps the choice (``tuning.cache_file``); results do
-    not depend on it.
+    ``tables`` is their dtype: ``"int8"``, ``"bfloat16"`` or ``"float32"``, or torch's own. ``projection`` is
+    ``"int8"``, ``"int16"`` (twice the bytes and time of int8, a tenth of its error) or ``"float32"``; by default int8
+    with int8 tables, int16 with bfloat16 and float32 with float32. With ``inplace`` the model's layers are replaced,
+    without it the model is copied, all but its lookup layers. Loop sizes come from the sizes of the caches; ``tune``
+    times a few on this machine, a tenth of a second the first time a shape is met, and keeps the choice
+    (``tuning.cache_file``); results do not depend on it.
 
     Raises:
         ValueError: no lookup layer in ``module``, an unknown dtype, parameters that are not finite, or a layer that
             another library has wrapped, or whose projection it has replaced.
     """
-    check(tables in TABLE_TYPES, "tables", tables, f"one of {', '.join(TABLE_TYPES)}")
-    if projection is None:
-        projection = PROJECTION_DTYPES[tables]
-    check(projection in WEIGHT_TYPES, "projection", projection, f"one of {', '.join(WEIGHT_TYPES)}")
+    of_tables = _dtype_name(tables)
+    check(of_tables in TABLE_TYPES, "tables", of_tables, f"one of {', '.join(TABLE_TYPES)}")
+    of_projection = PROJECTION_DTYPES[of_tables] if projection is None else _dtype_name(projection)
+    check(of_projection in WEIGHT_TYPES, "projection", of_projection, f"one of {', '.join(WEIGHT_TYPES)}")
 
     def packed(layer: LookupFFN) -> PackedLookupFFN:
         if layer.tables.device.type != "cpu":
@@ -210,7 +210,7 @@ def pack(
                 f"the layer's projection is a {type(whole.projection).__name__}, put there by another library: undo "
                 "that first (PEFT: merge_and_unload()), or pack before it"
             )
-        return _packed_layer(layer.config, encode(whole, tables, projection), tune)
+        return _packed_layer(layer.config, encode(whole, of_tables, of_projection), tune)
 
     for name, layer in lookup_layers(module):
         parent = module.get_submodule(name.rpartition(".")[0])
@@ -220,6 +220,10 @@ def pack(
                 "(PEFT: merge_and_unload())"
             )
     return _replace_layers(module, {name: packed for name, _ in lookup_layers(module)}, inplace)
+
+
+def _dtype_name(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
 
 def _packed_layer(config: LookupConfig, packed: Tensor, tune: bool) -> PackedLookupFFN:

@@ -189,6 +189,30 @@ def test_an_unknown_dtype_is_named_with_the_known_ones(precision):
         pack(trained(SMALL), "int8", projection="bfloat16")
 
 
+def test_dtypes_may_be_torchs_own():
+    module = pack(trained(SMALL), torch.bfloat16, projection=torch.int8)
+    assert (module.table_dtype, module.weight_dtype) == ("bfloat16", "int8")
+    with pytest.raises(ValueError, match=r"^tables must be one of float32, bfloat16, int8, not 'float16'$"):
+        pack(trained(SMALL), torch.float16)
+
+
+@pytest.mark.usefixtures("with_and_without_kernels")
+def test_layers_are_built_packed_and_used_inside_and_outside_of_inference_mode(tmp_path):
+    with torch.inference_mode():
+        layer = trained(CONFIG)
+        inside = pack(layer)
+        save_packed(inside, tmp_path / "layer")
+        loaded = load_packed(tmp_path / "layer")
+        x = torch.randn(5, 64)
+        y = inside(x)
+    outside = pack(layer)
+    for module in (inside, outside, loaded, copy.deepcopy(inside)):
+        assert torch.equal(module(torch.tensor(x.tolist())), y)
+        assert torch.equal(module(x), y)
+        module.load_state_dict(outside.state_dict())
+        assert not module.packed.is_inference()
+
+
 def test_layers_that_cannot_be_packed_are_refused():
     with pytest.raises(ValueError, match="Linear holds no LookupFFN layer"):
         pack(torch.nn.Linear(3, 3))
