@@ -45,15 +45,24 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="LookupFFN: feed-forward layers as hashing and table lookup; their costs, times, training and packed form.",
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lookupffn {__version__}, {native.implementation()} kernels, torch {torch.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _every_command() -> None:
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     machine.respect_cpu_quota()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lookupffn import LookupConfig, LookupFFN, extras, native, pack, save_packed
+from lookupffn import LookupConfig, LookupFFN, __version__, extras, native, pack, save_packed
 from lookupffn.__main__ import app, main
 from lookupffn.bench.engines import DENSE_ENGINES
 from lookupffn.runtime import tuning
@@ -124,6 +124,22 @@ def test_a_bad_file_of_recipes_is_named(tmp_path, run, text, message):
     status, error = run("compare", "--ffn=dense", f"--config={path}")
     assert status == 2
     assert message in error
+
+
+@pytest.mark.parametrize("size", [["--hidden-size=1000000000"], ["--hidden-size=768", "--memory=1"]])
+def test_advice_that_cannot_be_given_is_refused_before_any_probing(run, monkeypatch, size):
+    monkeypatch.setattr("lookupffn.lab.hardware.commands.machine_of", None)
+    status, error = run("advise", *size)
+    assert status == 2
+    assert "no lookup layer has 6 times fewer multiply-adds" in error
+
+
+def test_the_version_says_which_kernels_run_and_completion_can_be_installed():
+    out = CliRunner().invoke(app, ["--version"])
+    assert out.exit_code == 0
+    kernels = native.implementation()
+    assert out.output.strip() == f"lookupffn {__version__}, {kernels} kernels, torch {torch.__version__}"
+    assert "--install-completion" in CliRunner().invoke(app, ["--help"]).output
 
 
 @pytest.mark.parametrize("names", ["", " , "])

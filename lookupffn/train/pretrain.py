@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -36,8 +37,10 @@ from lookupffn.errors import InputError
 from lookupffn.hf import LookupRobertaForCausalLM, LookupRobertaForMaskedLM
 from lookupffn.train import checkpoint
 from lookupffn.train.config import FinetuneConfig, PretrainConfig
-from lookupffn.train.data import PretrainingData
+from lookupffn.train.data import EMBEDDED, PretrainingData
 from lookupffn.train.masking import CausalBlocks, MaskedBlocks, unigram_entropy
+
+logger = logging.getLogger(__name__)
 
 
 def parameter_groups(model: nn.Module, config: PretrainConfig | FinetuneConfig) -> list[dict]:
@@ -310,6 +313,7 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
             trainer.add_callback(callback)
         if trainer.is_world_process_zero():
             checkpoint.keep_latest(output_dir, keep=2)  # a damaged one would be written into, its marker still there
+            _say_what_was_skipped(data.summary)
         trainer.accelerator.wait_for_everyone()
         latest = checkpoint.latest_complete(output_dir)
         trainer.train(resume_from_checkpoint=str(latest) if latest else None)
@@ -331,6 +335,7 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         "dtype": "bfloat16" if config.bf16 else "float32",
         "machine": machine.describe() | {"device": str(model.device), "processes": ranks},
         "parameters": sum(p.numel() for p in model.parameters()),
+        "data": data.summary,
     }
     if trainer.is_world_process_zero():
         _save_final(output_dir, model, data.tokenizer, metrics)
@@ -363,6 +368,17 @@ def _training_arguments(config: PretrainConfig, ranks: int) -> TrainingArguments
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take torchrun; DataParallel would multiply the batch
     return arguments
+
+
+def _say_what_was_skipped(summary: dict) -> None:
+    """Once a run; ``results.json`` has the same. Of the embedded text nothing is the user's, and nothing is said."""
+    if summary["skipped"] and not summary["source"].startswith(EMBEDDED):
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in summary["skipped"].items())
+        examples = "; ".join(summary["skipped_examples"])
+        documents = sum(summary["documents"].values())
+        logger.warning(
+            "%s: %s documents are used; skipped: %s (%s)", summary["source"], f"{documents:,}", counts, examples
+        )
 
 
 def _claim(output_dir: Path, config: PretrainConfig, data: PretrainingData) -> None:

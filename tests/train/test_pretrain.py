@@ -332,6 +332,21 @@ def test_matched_models_start_from_the_same_weights_but_for_their_ffn():
     assert not torch.equal(other.encoder.layers[0].ffn.tables, layers[0])
 
 
+def test_what_was_skipped_is_said_once_and_kept(corpus, tmp_path, caplog):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    documents = corpus.read_text().split("\n\n")
+    (folder / "good.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_bytes("déjà vu".encode("latin-1"))
+    config = config_for(folder, tmp_path / "run", steps=2)
+    metrics = pretrain(config).metrics
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "lookupffn.train.pretrain")
+    assert said.startswith(f"{folder}: 300 documents are used; skipped: 2 not UTF-8 ({folder}/a.txt: not UTF-8; ")
+    assert metrics["data"]["skipped"] == {"not UTF-8": 2}
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["data"] == metrics["data"]
+
+
 def test_a_torn_line_of_metrics_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')

@@ -19,7 +19,6 @@ from torch import nn
 from lookupffn import ops
 from lookupffn.bench.engines import DENSE_ENGINES, dense_chain, torch_runner
 from lookupffn.bench.timing import time_interleaved
-from lookupffn.ffns.dense import DenseFFN
 from lookupffn.lab.hardware.case import LINE, Case
 from lookupffn.lab.hardware.model import Machine, dense_ns, predict, tuned
 from lookupffn.layer import LookupConfig, LookupFFN
@@ -78,7 +77,29 @@ def advise(
     Raises:
         ValueError: no layer keeps to both limits; the message says what the smallest would take.
     """
-    dense_macs = DenseFFN(hidden_size, intermediate_size, device="meta").flops(1) // 2
+    found, dense_macs = candidates(hidden_size, intermediate_size, layers, memory_bytes, fewer, dtypes)
+    options = []
+    for config, dtype in found:
+        calls = (tuned(Case(config, dtype, n, threads, layers), machine) for n in tokens)
+        ns = {case.tokens: predict(case, machine).ns + machine.module_ns / case.tokens for case in calls}
+        options.append(Option(config, dtype, layers * _bytes(Case(config, dtype)), _macs(config), ns))
+    options.sort(key=lambda option: -capacity(option.config))
+    equals = [option for option in options if capacity(option.config) >= ABOUT * capacity(options[0].config)]
+    first = min(equals, key=lambda option: math.prod(option.ns.values()))
+    options.insert(0, options.pop(options.index(first)))
+    dense = {}
+    for n in tokens:
+        times = {d: dense_ns(hidden_size, intermediate_size, machine, d, n, threads, layers) for d in DTYPES}
+        dense[n] = min(times.items(), key=lambda item: item[1])
+    return Advice(options, dense_macs, dense)
+
+
+def candidates(
+    hidden_size: int, intermediate_size: int, layers: int, memory_bytes: float, fewer: float, dtypes: Sequence[str]
+) -> tuple[list[tuple[LookupConfig, str]], int]:
+    """The layers that :func:`advise` chooses from, with their types, and dense's multiply-adds a token: arithmetic
+    alone. Raises what it raises."""
+    dense_macs = 2 * hidden_size * intermediate_size
     share, found = memory_bytes / layers, []
     for dtype in dtypes:
         for bits in CODE_BITS:
@@ -94,20 +115,7 @@ def advise(
             f"no lookup layer has {fewer:g} times fewer multiply-adds than dense's {dense_macs:,} and fits "
             f"{memory_bytes / 2**20:,.1f} MiB in {layers} layers: {smallest}"
         )
-    options = []
-    for config, dtype in found:
-        calls = (tuned(Case(config, dtype, n, threads, layers), machine) for n in tokens)
-        ns = {case.tokens: predict(case, machine).ns + machine.module_ns / case.tokens for case in calls}
-        options.append(Option(config, dtype, layers * _bytes(Case(config, dtype)), _macs(config), ns))
-    options.sort(key=lambda option: -capacity(option.config))
-    equals = [option for option in options if capacity(option.config) >= ABOUT * capacity(options[0].config)]
-    first = min(equals, key=lambda option: math.prod(option.ns.values()))
-    options.insert(0, options.pop(options.index(first)))
-    dense = {}
-    for n in tokens:
-        times = {d: dense_ns(hidden_size, intermediate_size, machine, d, n, threads, layers) for d in DTYPES}
-        dense[n] = min(times.items(), key=lambda item: item[1])
-    return Advice(options, dense_macs, dense)
+    return found, dense_macs
 
 
 def largest(

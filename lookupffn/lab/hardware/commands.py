@@ -296,8 +296,9 @@ def advise(
     check_positive(hidden_size=hidden_size, intermediate_size=inner, layers=layers, memory=memory, fewer=fewer)
     check_positive(tokens=min(tokens), threads=threads)
     check_dtypes(dtype)
-    m = machine_of(machine, console)
     try:
+        advice.candidates(hidden_size, inner, layers, memory * 2**20, fewer, dtype)  # refused before minutes of probing
+        m = machine_of(machine, console)
         found = advice.advise(
             hidden_size, inner, layers, memory * 2**20, m, fewer=fewer, dtypes=dtype, tokens=tokens, threads=threads
         )
