@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,12 @@ def load_packed(
     """Reads what :func:`save_packed` wrote: into the lookup layers of ``module``, or a single layer without one.
 
     The layers of ``module`` are replaced; they may be on the meta device. Bytes are copied to aligned memory.
-    ``inplace`` and ``tune`` are those of :func:`pack`.
+    ``inplace`` and ``tune`` are those of :func:`pack`. Names may differ by one prefix: a bare encoder takes the layers
+    of the masked LM that it was part of, and the other way round.
+
+    A file of layers does not know the rest of the model, by intent: it fits every model whose lookup layers have these
+    names and configs, and that ``module`` is the one that they were trained in is for the caller to know. What
+    ``save_pretrained`` writes (``lookupffn.hf``) keeps both together.
 
     Raises:
         OSError: the file cannot be read: FileNotFoundError, PermissionError, IsADirectoryError.
@@ -324,11 +330,26 @@ def load_packed(
             raise PackedError(f"{path} holds the layers of a model ({', '.join(layers)}): pass the model as module")
         return layers[""]
     wanted = dict(lookup_layers(module))
-    if set(wanted) != set(layers) or any(layer.config != layers[name].config for name, layer in wanted.items()):
+    stored = _matched(wanted, layers)
+    if not stored or any(layer.config != layers[stored[name]].config for name, layer in wanted.items()):
         raise PackedError(
             f"{path} holds the layers {sorted(layers)}, which are not those of the model, {sorted(wanted)}"
         )
-    return _replace_layers(module, {name: lambda _, name=name: layers[name] for name in layers}, inplace)
+    return _replace_layers(module, {name: lambda _, name=name: layers[stored[name]] for name in wanted}, inplace)
+
+
+def _matched(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
+    """For each name that is wanted the stored one, equal but for one prefix, ``"encoder."``, of all; empty if none."""
+    wanted, stored = list(wanted), list(stored)
+    for longer, shorter in ((stored, wanted), (wanted, stored)):
+        for name in longer:
+            if not name.endswith(shorter[0]):
+                continue
+            prefix = name.removesuffix(shorter[0])
+            if prefix[-1:] in ("", ".") and {prefix + short for short in shorter} == set(longer):
+                pairs = {prefix + short: short for short in shorter}
+                return pairs if longer is wanted else {short: long for long, short in pairs.items()}
+    return {}
 
 
 def read_layers(path: str | Path, tune: bool = False) -> dict[str, PackedLookupFFN]:

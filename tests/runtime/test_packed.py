@@ -549,6 +549,32 @@ def test_a_hugging_face_model_is_saved_beside_its_config_and_read_back(tmp_path)
         assert torch.equal(loaded(ids).logits, fast(ids).logits)
 
 
+def test_an_encoder_takes_the_layers_of_the_model_that_it_was_part_of_and_the_other_way_round(tmp_path):
+    model, ids = tiny_model(), torch.randint(5, 97, (2, 9))
+    fast = pack(model)
+    for saved, into in ((fast, model.encoder), (fast.encoder, model), (fast.encoder, model.encoder)):
+        save_packed(saved, tmp_path / "layers")
+        loaded = load_packed(tmp_path / "layers", into)
+        loaded, expected = (getattr(m, "encoder", m) for m in (loaded, fast))
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).last_hidden_state, expected(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "pairs"),
+    [
+        (["a.ffn", "b.ffn"], ["b.ffn", "a.ffn"], {"a.ffn": "a.ffn", "b.ffn": "b.ffn"}),
+        (["a.ffn", "b.ffn"], ["e.b.ffn", "e.a.ffn"], {"a.ffn": "e.a.ffn", "b.ffn": "e.b.ffn"}),
+        (["e.a.ffn", "e.b.ffn"], ["a.ffn", "b.ffn"], {"e.a.ffn": "a.ffn", "e.b.ffn": "b.ffn"}),
+        (["a.ffn", "b.ffn"], ["xa.ffn", "xb.ffn"], {}),  # no whole name before it
+        (["a.ffn"], ["a.ffn", "b.ffn"], {}),
+        (["a.ffn", "b.ffn"], ["e.a.ffn", "f.b.ffn"], {}),
+    ],
+)
+def test_names_are_matched_but_for_one_prefix(wanted, stored, pairs):
+    assert packed._matched(wanted, stored) == pairs
+
+
 def test_a_module_without_packed_layers_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="LookupFFN holds no packed layer: call pack first"):
         save_packed(trained(SMALL), tmp_path / "file")
