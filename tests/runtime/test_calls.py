@@ -446,7 +446,14 @@ print(said[0].message)
             assert_within(y, exact, bound)
             assert_within(module(x), exact, bound)
         else:
-            torch.testing.assert_close(module(x), y, rtol=1e-4, atol=1e-4)
+            # float32 sums differ in their last bits from machine to machine, run to run: only codes away from a
+            # boundary are the same on both paths.
+            z = packed_project(u, x).view(40, 40, 5).abs().sort(-1).values
+            safe = (torch.minimum(z[..., 0], z[..., 1] - z[..., 0]) > 1e-4).all(1)
+            assert safe.sum() >= 30
+            # To the size of what is summed: torch's first call in a process was seen 3e-5 of it off its later ones.
+            bound = 1e-4 * y.abs().max().item()
+            torch.testing.assert_close(module(x)[safe], y[safe], rtol=0, atol=bound)
 
 
 def test_a_packed_layer_is_what_it_says():
