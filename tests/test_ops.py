@@ -187,6 +187,15 @@ def test_gather_refuses_what_does_not_fit():
             ops.gather(tables, codes, scores)
     with pytest.raises(ValueError, match=r"\[3, 8, 5\], \[4, 2, 1\]"):
         ops.gather(tables, codes[:, :2], scores[:, :2])
+    tables, codes, scores = gather_case(4, 3, 1, 8, 5)
+    for bad, reason in (
+        ((tables, codes.float(), scores), "not codes torch.float32"),
+        ((tables, codes.long(), scores), "not codes torch.int64"),
+        ((tables.int(), codes, scores), "tables torch.int32"),
+        ((tables, codes, codes), "scores torch.int32"),
+    ):
+        with pytest.raises(ValueError, match=f"gather needs codes in int32, .*{reason}"):
+            ops.gather(*bad)
 
 
 def test_the_other_operators_refuse_what_does_not_fit():
@@ -195,6 +204,10 @@ def test_the_other_operators_refuse_what_does_not_fit():
         ops.bh4(torch.zeros(3, 9, dtype=F64), weight, 0.7, 8)
     with pytest.raises(ValueError, match="9 outputs"):
         ops.bh4(x, weight, 0.7, 9)
+    with pytest.raises(ValueError, match=r"powers of two in weight .*\[1, 4, 2, 3, 3\]"):
+        ops.bh4(x, torch.zeros(1, 4, 2, 3, 3, dtype=F64), 0.7, 6)
+    with pytest.raises(ValueError, match=r"x torch.int64"):
+        ops.bh4(x.long(), weight.long(), 0.7, 8)
     with pytest.raises(ValueError, match=r"\(B, D\)"):
         ops.bh4(x[0], weight, 0.7, 8)
     with pytest.raises(ValueError, match=r"bfloat16"):
