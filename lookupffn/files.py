@@ -1,10 +1,29 @@
-"""Files that appear whole or not at all, whenever the process dies."""
+"""Where files go, and that they appear whole or not at all, whenever the process dies."""
 
 import contextlib
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+from lookupffn.errors import InputError
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$LOOKUPFFN_CACHE``, else ``lookupffn`` in ``$XDG_CACHE_HOME``, else in
+    ``~/.cache``.
+
+    Raises:
+        InputError: neither variable is set and the user has no home folder.
+    """
+    if chosen := os.environ.get("LOOKUPFFN_CACHE"):
+        return Path(chosen).expanduser()
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "lookupffn"
+    try:
+        return Path.home() / ".cache" / "lookupffn"
+    except RuntimeError:  # a user id without a name, and no HOME, as in `docker run --user 12345`
+        raise InputError("this user has no home folder: set LOOKUPFFN_CACHE to a folder for caches") from None
 
 
 def fsync(path: Path) -> None:

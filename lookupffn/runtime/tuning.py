@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lookupffn import machine, native
-from lookupffn.errors import check
-from lookupffn.files import atomic_write
+from lookupffn.errors import InputError, check
+from lookupffn.files import atomic_write, cache_folder
 from lookupffn.layer import LookupConfig
 from lookupffn.runtime.format import read_header
 
@@ -86,8 +85,8 @@ def default_tiling(header: dict) -> Tiling:
 
 
 def cache_file() -> Path:
-    """Where timed choices are kept: ``tiling.json`` in ``$LOOKUPFFN_CACHE``, else in ``~/.cache/lookupffn``."""
-    return Path(os.environ.get("LOOKUPFFN_CACHE") or "~/.cache/lookupffn").expanduser() / "tiling.json"
+    """Where timed choices are kept: ``tiling.json`` in :func:`lookupffn.files.cache_folder`."""
+    return cache_folder() / "tiling.json"
 
 
 def timed_tiling(config: LookupConfig, packed: Tensor, *, refresh: bool = False) -> Tiling:
@@ -110,7 +109,7 @@ def timed_tiling(config: LookupConfig, packed: Tensor, *, refresh: bool = False)
         cache_file().parent.mkdir(parents=True, exist_ok=True)
         known = _read_cache() | {key: dataclasses.asdict(chosen)}
         atomic_write(cache_file(), json.dumps(known, indent=1) + "\n")
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+    except (OSError, InputError):  # InputError: a user without a home
         pass
     return chosen
 
@@ -119,7 +118,7 @@ def _read_cache() -> dict:
     try:
         known = json.loads(cache_file().read_text(encoding="utf-8"))
         return known if isinstance(known, dict) else {}
-    except (OSError, ValueError, RuntimeError):
+    except (OSError, ValueError):  # ValueError: not JSON, or a user without a home
         return {}
 
 

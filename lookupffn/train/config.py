@@ -30,6 +30,9 @@ POOLINGS = Limit(lambda value: value in ("mean", "cls"), "one of mean, cls")
 SCHEDULES = Limit(lambda value: value in ("linear", "constant"), "one of linear, constant")
 
 
+FOLDERS = ("output_dir", "cache_dir")  # settings that decide where a run is, not what it is
+
+
 def _setting(default, help: str, limit: Limit | None = None):
     """A field of a record of settings with the text that the command line shows for it, and its limit."""
     metadata = {"help": help, "limit": limit}
@@ -71,8 +74,14 @@ class PretrainConfig(Optimisation):
     ffn: str = _setting("lookup", "feed-forward layer, a name in lookupffn.ffns.names()")
     ffn_options: dict = _setting({}, "options of that layer over the preset's, as NAME=VALUE")
     model: dict = _setting({}, "further fields of LookupRobertaConfig over the preset's, as NAME=VALUE")
-    data: str = _setting("stdlib", "stdlib, a file or folder of .txt .jsonl .parquet, or a Hugging Face dataset")
-    text_column: str = _setting("text", "column of text in .jsonl and .parquet")
+    data: str = _setting(
+        "stdlib",
+        "stdlib, a file or folder of .txt .jsonl .csv .tsv (or .gz of these) .parquet, or a Hugging Face dataset",
+    )
+    text_column: str = _setting("text", "column of text where the data has columns")
+    encoding: str = _setting("utf-8", "of text files, a name that Python knows")
+    skip_bad: bool = _setting(False, "go on though more than 1 % of files or rows cannot be read, or a file is damaged")
+    cache_dir: str | None = _setting(None, "folder of prepared data [$LOOKUPFFN_CACHE or ~/.cache/lookupffn]")
     tokenizer: str | None = _setting(None, "pretrained tokenizer instead of one trained on the data")
     sequence_length: int = _setting(128, "tokens in a block", AT_LEAST_1)
     validation_fraction: float = _setting(0.02, "share of documents held out, chosen by their hash", SHARE)
@@ -97,13 +106,14 @@ class PretrainConfig(Optimisation):
                 raise InputError(f"{name} {getattr(self, name)} must be a multiple of log_every {self.log_every}")
 
     def changes(self, written: dict) -> list[str]:
-        """How these settings differ from those that a run has written, in words; the folder does not count.
+        """How these settings differ from those that a run has written, in words; folders do not count.
 
         A setting that is newer than the run had its default then.
         """
         defaults = {f.name: {} if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
         asked = dataclasses.asdict(self)
-        del asked["output_dir"]
+        for name in FOLDERS:
+            del asked[name]
         return [
             f"{name}: {written.get(name, defaults[name])!r} there, {value!r} asked"
             for name, value in asked.items()
@@ -153,6 +163,9 @@ class PretrainConfig(Optimisation):
             tokenizer=self.tokenizer,
             text_column=self.text_column,
             validation_fraction=self.validation_fraction,
+            encoding=self.encoding,
+            skip_bad=self.skip_bad,
+            cache_dir=self.cache_dir,
         )
 
 

@@ -37,7 +37,7 @@ from lookupffn.errors import InputError
 from lookupffn.hf import LookupRobertaForCausalLM, LookupRobertaForMaskedLM
 from lookupffn.train import checkpoint
 from lookupffn.train.config import FinetuneConfig, PretrainConfig
-from lookupffn.train.data import EMBEDDED, PretrainingData
+from lookupffn.train.data import EMBEDDED, PretrainingData, in_words
 from lookupffn.train.masking import CausalBlocks, MaskedBlocks, unigram_entropy
 
 logger = logging.getLogger(__name__)
@@ -373,11 +373,10 @@ def _training_arguments(config: PretrainConfig, ranks: int) -> TrainingArguments
 def _say_what_was_skipped(summary: dict) -> None:
     """Once a run; ``results.json`` has the same. Of the embedded text nothing is the user's, and nothing is said."""
     if summary["skipped"] and not summary["source"].startswith(EMBEDDED):
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in summary["skipped"].items())
-        examples = "; ".join(summary["skipped_examples"])
-        documents = sum(summary["documents"].values())
+        documents, examples = sum(summary["documents"].values()), "; ".join(summary["skipped_examples"])
+        skipped = in_words(summary["skipped"])
         logger.warning(
-            "%s: %s documents are used; skipped: %s (%s)", summary["source"], f"{documents:,}", counts, examples
+            "%s: %s documents are used; skipped: %s (%s)", summary["source"], f"{documents:,}", skipped, examples
         )
 
 

@@ -1,5 +1,7 @@
 """Data: what is read, skipped and refused; the split; packing; the cache; masks. Small corpora made here."""
 
+import csv
+import gzip
 import json
 import os
 import signal
@@ -13,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lookupffn.train import data
-from lookupffn.train.data import DataError, pretraining_data
+from lookupffn.train.data import pretraining_data
+from lookupffn.train.rows import DataError
 
 WORDS = [
     "the",
@@ -114,8 +117,18 @@ def test_same_documents_from_every_kind_of_file(tmp_path):
     for i, text in enumerate(DOCUMENTS):
         (tmp_path / "folder" / f"{i:03}.txt").write_text(text + "\n")
     (tmp_path / "a.txt").write_text("\n\n \n".join(DOCUMENTS))
+    for path in (tmp_path / "a.csv", tmp_path / "a.tsv"):
+        with path.open("w", newline="") as file:
+            table = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t")
+            table.writerows([("n", "text"), *enumerate(DOCUMENTS)])
+    for name in ("a.txt", "a.csv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
     sources = [
         tmp_path / "folder",
+        tmp_path / "a.csv",
+        tmp_path / "a.tsv",
+        tmp_path / "a.txt.gz",
+        tmp_path / "a.csv.gz",
         tmp_path / "a.txt",
         write_jsonl(tmp_path / "a.jsonl", DOCUMENTS),
         write_parquet(tmp_path / "a.PARQUET", DOCUMENTS),
@@ -221,10 +234,10 @@ def test_bad_input_is_counted(tmp_path):
         b"[" * 10**5,
     ]
     (folder / "rows.jsonl").write_bytes(b"\n".join([*lines, rb'{"text": "half \ud800 pair"}']))
-    summary = pretraining_data(folder, **SMALL).summary
+    summary = pretraining_data(folder, skip_bad=True, **SMALL).summary
     assert summary["skipped"] == {
         "symbolic link to a folder": 1,
-        "not .txt, .jsonl, .parquet": 1,
+        "not .txt, .jsonl, .csv, .tsv, .parquet": 1,
         "not a regular file": 2,
         "empty": 3,
         "not UTF-8": 2,
@@ -246,7 +259,7 @@ def test_examples_of_skipped_are_few(tmp_path):
 
 
 def test_huge_line_is_skipped_without_holding_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_LINE_LIMIT", 1 << 16)
+    monkeypatch.setattr("lookupffn.train.rows._LINE_LIMIT", 1 << 16)
     huge = json.dumps({"text": "x" * (8 << 20)})
     rows = tmp_path / "a.jsonl"
     rows.write_text(huge + "\n" + json.dumps({"text": "short"}) + "\n" + huge)
@@ -257,7 +270,7 @@ def test_huge_line_is_skipped_without_holding_it(tmp_path, monkeypatch):
     assert [piece.text for _, piece in reader] == ["short"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert reader.skipped == {"line of more than 65536 bytes": 2}
+    assert reader.skipped == {"line of more than 65536 characters": 2}
     assert peak < 2 << 20
 
 
@@ -268,6 +281,66 @@ def test_unreadable_file_is_counted(tmp_path, monkeypatch):
     reader = data._Reader(found, "text", 0.5, False, "")
     assert list(reader) == []
     assert reader.skipped == {"unreadable (No such file or directory)": 1}
+
+
+@pytest.mark.parametrize(("bad", "of"), [(141, 201), (1, 40)])
+def test_more_than_a_hundredth_unreadable_is_refused_until_told_to_go_on(tmp_path, bad, of):
+    (tmp_path / "in").mkdir()
+    for i in range(of):
+        text = DOCUMENTS[i] + " déjà vu"
+        (tmp_path / "in" / f"{i}.txt").write_bytes(text.encode("latin-1" if i < bad else "utf-8"))
+    message = (
+        rf"in: {bad} of {of} files cannot be read: {bad} not UTF-8 \(.*/in/0\.txt: not UTF-8.*\)\. Say the encoding"
+    )
+    with pytest.raises(DataError, match=message):
+        pretraining_data(tmp_path / "in", **SMALL)
+    result = pretraining_data(tmp_path / "in", skip_bad=True, **SMALL)
+    assert sum(result.summary["documents"].values()) == of - bad
+    assert (result.summary["files"], result.summary["unreadable"]["files"]) == (of, {"not UTF-8": bad})
+    with pytest.raises(DataError, match=message):  # though the cache is there
+        pretraining_data(tmp_path / "in", **SMALL)
+
+
+def test_a_hundredth_of_the_rows_may_be_unreadable(tmp_path):
+    lines = [json.dumps({"text": text}) for text in DOCUMENTS[:99]]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "no JSON"]))
+    assert pretraining_data(tmp_path / "a.jsonl", **SMALL).summary["unreadable"]["rows"] == {"not JSON": 1}
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:98], "no JSON", '{"text": 1}']))
+    with pytest.raises(DataError, match=r"2 of 100 rows cannot be read: 1 not JSON, 1 column 'text' is not text"):
+        pretraining_data(tmp_path / "a.jsonl", **SMALL)
+
+
+def test_documents_without_text_and_files_of_other_kinds_are_no_fault(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", DOCUMENTS + [""] * 300)
+    for i in range(9):
+        (tmp_path / "in" / f"{i}.png").write_bytes(b"\x89PNG")
+    skipped = pretraining_data(tmp_path / "in", **SMALL).summary["skipped"]
+    assert skipped == {"not .txt, .jsonl, .csv, .tsv, .parquet": 9, "empty": 300}
+
+
+def test_a_damaged_file_among_others_is_refused_or_counted(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", DOCUMENTS)
+    path = write_parquet(tmp_path / "in" / "b.parquet", DOCUMENTS)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"b\.parquet: truncated or corrupt parquet"):
+        pretraining_data(tmp_path / "in", **SMALL)
+    summary = pretraining_data(tmp_path / "in", skip_bad=True, **SMALL).summary
+    assert sum(summary["unreadable"]["files"].values()) == 1
+    assert sum(summary["documents"].values()) == len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16", "utf-32"])
+def test_text_in_another_encoding(tmp_path, encoding):
+    documents = [f"déjà vu {text}" for text in DOCUMENTS]
+    (tmp_path / "utf8.txt").write_text("\n\n".join(documents))
+    (tmp_path / "other.txt").write_text("\n\n".join(documents), encoding=encoding)
+    first = pretraining_data(tmp_path / "utf8.txt", **SMALL)
+    other = pretraining_data(tmp_path / "other.txt", encoding=encoding, **SMALL)
+    assert np.array_equal(first.train, other.train)
+    with pytest.raises(DataError, match=r"encoding 'utf-9' is not known"):
+        pretraining_data(tmp_path / "utf8.txt", encoding="utf-9", **SMALL)
 
 
 def test_missing_column(tmp_path):
@@ -297,12 +370,12 @@ def test_bad_parquet(tmp_path, damage):
 
 
 def test_refused_sources(tmp_path):
-    (tmp_path / "a.csv").write_text("x")
-    for source in (tmp_path, tmp_path / "a.csv"):
-        with pytest.raises(DataError, match=rf"{source}: no \.txt, \.jsonl, \.parquet file here"):
+    (tmp_path / "a.html").write_text("x")
+    for source in (tmp_path, tmp_path / "a.html"):
+        with pytest.raises(DataError, match=rf"{source}: no \.txt, \.jsonl, \.csv, \.tsv, \.parquet file here"):
             pretraining_data(source, **SMALL)
     (tmp_path / "a.txt").write_bytes(b"\xff" * 100)
-    with pytest.raises(DataError, match=r"a\.txt: 0 tokens .*skipped: 1 not UTF-8"):
+    with pytest.raises(DataError, match=r"a\.txt: 1 of 1 files cannot be read: 1 not UTF-8 .*skip_bad"):
         pretraining_data(tmp_path / "a.txt", **SMALL)
     with pytest.raises(DataError, match=r"'/no/such\.txt': no such file or folder here, and as a Hugging Face") as info:
         pretraining_data("/no/such.txt", **SMALL)
