@@ -10,7 +10,7 @@ PACKAGES = {
     "cli": ("typer", "rich", "yaml"),
     "hf": ("transformers",),
     "train": ("typer", "rich", "yaml", "transformers", "accelerate", "datasets", "pyarrow", "tokenizers", "filelock",
-              "tqdm", "tensorboard"),
+              "tqdm", "tensorboard", "sklearn", "scipy"),
     "bench": ("typer", "rich", "yaml", "matplotlib"),
 }  # fmt: skip
 PACKAGES["lab"] = (*PACKAGES["train"], "matplotlib", "jinja2", "markupsafe")

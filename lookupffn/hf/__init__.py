@@ -6,7 +6,10 @@ try:
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
+        AutoModelForMultipleChoice,
+        AutoModelForQuestionAnswering,
         AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
     )
 except ModuleNotFoundError:
     from lookupffn.extras import require
@@ -15,26 +18,33 @@ except ModuleNotFoundError:
     raise
 
 from lookupffn.hf.configuration import PRESETS, LookupRobertaConfig
-from lookupffn.hf.packed import PackedConfig
-from lookupffn.hf.roberta import (
-    LookupRobertaForCausalLM,
-    LookupRobertaForMaskedLM,
+from lookupffn.hf.heads import (
+    LookupRobertaForMultipleChoice,
+    LookupRobertaForQuestionAnswering,
     LookupRobertaForSequenceClassification,
-    LookupRobertaModel,
+    LookupRobertaForTokenClassification,
 )
+from lookupffn.hf.packed import PackedConfig
+from lookupffn.hf.roberta import LookupRobertaForCausalLM, LookupRobertaForMaskedLM, LookupRobertaModel
 
 AutoConfig.register(LookupRobertaConfig.model_type, LookupRobertaConfig)
 AutoModel.register(LookupRobertaConfig, LookupRobertaModel)
 AutoModelForCausalLM.register(LookupRobertaConfig, LookupRobertaForCausalLM)
 AutoModelForMaskedLM.register(LookupRobertaConfig, LookupRobertaForMaskedLM)
+AutoModelForMultipleChoice.register(LookupRobertaConfig, LookupRobertaForMultipleChoice)
+AutoModelForQuestionAnswering.register(LookupRobertaConfig, LookupRobertaForQuestionAnswering)
 AutoModelForSequenceClassification.register(LookupRobertaConfig, LookupRobertaForSequenceClassification)
+AutoModelForTokenClassification.register(LookupRobertaConfig, LookupRobertaForTokenClassification)
 
 __all__ = [
     "PRESETS",
     "LookupRobertaConfig",
     "LookupRobertaForCausalLM",
     "LookupRobertaForMaskedLM",
+    "LookupRobertaForMultipleChoice",
+    "LookupRobertaForQuestionAnswering",
     "LookupRobertaForSequenceClassification",
+    "LookupRobertaForTokenClassification",
     "LookupRobertaModel",
     "PackedConfig",
 ]

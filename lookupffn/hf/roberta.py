@@ -1,7 +1,7 @@
-"""Pre-norm RoBERTa with a choice of feed-forward layer, as Hugging Face model classes.
+"""Pre-norm RoBERTa with a choice of feed-forward layer, as Hugging Face model classes: encoder and language models.
 
 Differs from `transformers`' RoBERTa: layer norms stand in front of attention and FFN and once at the end; position
-ids count from 0 whatever the padding id; no token types; attention is one fused projection.
+ids count the tokens of the mask from 0, whatever the padding id; no token types; attention is one fused projection.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.roberta.modeling_roberta import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from lookupffn.errors import check
 from lookupffn.ffns import build_ffn
 from lookupffn.hf.configuration import LookupRobertaConfig
 from lookupffn.hf.packed import mark_packed
@@ -134,16 +133,6 @@ class LookupRobertaPreTrainedModel(PreTrainedModel):
             initialization.copy_(module.weight, self.config.initializer_range * waves)
 
 
-def _auxiliary_loss(encoder: LookupRobertaModel) -> Tensor | float:
-    """Sum of what the feed-forward layers add to the training loss; 0 where they add nothing. They forget it."""
-    total = 0.0
-    for layer in encoder.layers:
-        if getattr(layer.ffn, "auxiliary_loss", None) is not None:
-            total = total + layer.ffn.auxiliary_loss
-            layer.ffn.auxiliary_loss = None  # its graph would keep the model from being copied
-    return total
-
-
 class LookupRobertaModel(LookupRobertaPreTrainedModel):
     """The encoder: token ids to one vector a token."""
 
@@ -171,9 +160,14 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
-        """Ids or embeddings ``(batch, length[, hidden_size])``; a mask ``(batch, length)``, 1 for tokens."""
+        """Ids or embeddings ``(batch, length[, hidden_size])``; a mask ``(batch, length)``, 1 for tokens.
+
+        Positions count the tokens of the mask, so that padding on the left gives what padding on the right gives.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
         masks = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
         mask = (
@@ -184,6 +178,15 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.final_norm(hidden_states))
+
+    def take_auxiliary_loss(self) -> Tensor | float:
+        """Sum of what the feed-forward layers add to the training loss; 0 where they add nothing. They forget it."""
+        total = 0.0
+        for layer in self.layers:
+            if getattr(layer.ffn, "auxiliary_loss", None) is not None:
+                total = total + layer.ffn.auxiliary_loss
+                layer.ffn.auxiliary_loss = None  # its graph would keep the model from being copied
+        return total
 
     def flops(self, tokens: int, length: int) -> int:
         """Floating-point operations of the encoder over ``tokens`` tokens in sequences of ``length``.
@@ -265,7 +268,7 @@ class LookupRobertaForMaskedLM(LookupRobertaPreTrainedModel):
         if labels is not None:
             here = (labels != -100).sum()
             total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
-            loss = (total + here * _auxiliary_loss(self.encoder)) / (
+            loss = (total + here * self.encoder.take_auxiliary_loss()) / (
                 here if num_items_in_batch is None else num_items_in_batch
             )
         return MaskedLMOutput(
@@ -290,61 +293,3 @@ class LookupRobertaForCausalLM(LookupRobertaForMaskedLM):
 
     def targets(self, labels: Tensor) -> Tensor:
         return F.pad(labels[:, 1:], (0, 1), value=-100)
-
-
-class ClassificationHead(nn.Module):
-    """RoBERTa's, ``out_proj(tanh(dense(x)))`` with dropout before both; one module, as PEFT wants the head to be."""
-
-    def __init__(self, config: LookupRobertaConfig):
-        super().__init__()
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
-
-
-class LookupRobertaForSequenceClassification(LookupRobertaPreTrainedModel):
-    """The encoder with RoBERTa's classification head on the first token or the mean (`classifier_pooling`)."""
-
-    def __init__(self, config: LookupRobertaConfig):
-        super().__init__(config)
-        pooling = config.classifier_pooling
-        check(pooling in ("cls", "mean"), "classifier_pooling", pooling, "cls or mean")
-        self.num_labels = config.num_labels
-        self.encoder = LookupRobertaModel(config)
-        self.classifier = ClassificationHead(config)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs,
-    ) -> SequenceClassifierOutput:
-        """``labels (batch)``: classes, or float targets with ``num_labels == 1``; the loss follows
-        ``config.problem_type`` as everywhere in transformers."""
-        outputs = self.encoder(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        logits = self.classifier(self._pool(outputs.last_hidden_state, attention_mask))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            loss = loss + _auxiliary_loss(self.encoder)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-    def _pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """One vector a text, ``(batch, tokens, hidden_size)`` to ``(batch, hidden_size)``, without padding."""
-        if self.config.classifier_pooling == "cls":
-            return hidden[:, 0]
-        if attention_mask is None:
-            return hidden.mean(1)
-        weights = attention_mask.to(hidden.dtype)
-        return torch.einsum("bsd,bs->bd", hidden, weights) / weights.sum(1, keepdim=True).clamp(min=1)

@@ -27,7 +27,8 @@ from lookupffn.runtime.packed import pack
 from lookupffn.train.config import PretrainConfig
 from lookupffn.train.data import PretrainingData
 from lookupffn.train.masking import MaskedBlocks, unigram_entropy
-from lookupffn.train.pretrain import PretrainResult, datasets, evaluate, log_perplexity, parameter_groups, pretrain
+from lookupffn.train.pretrain import PretrainResult, datasets, evaluate, log_perplexity, pretrain
+from lookupffn.train.trainer import parameter_groups
 
 MODELS = ("dense", "lookup")
 CALIBRATION_SECONDS = 8.0  # a model; a shorter look at a noisy machine misjudged a run by 15 %

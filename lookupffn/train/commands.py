@@ -50,19 +50,30 @@ def pretrain(config: str | None, **flags) -> None:
 
 
 def finetune(config: str | None, **flags) -> None:
-    """Fine-tunes a pretrained model as a classifier of texts and measures its accuracy on others."""
+    """Fine-tunes a pretrained model on labelled texts and measures it on others; started again, it goes on.
+
+    --problem-type says what is learnt: one class a text, several labels, or a number.
+    """
     checked = _settings(FinetuneConfig, config, flags)
     require("train", "lookupffn finetune")
 
     from lookupffn.train.finetune import finetune as run
+    from lookupffn.train.metrics import METRICS
 
     quiet()
     r = run(checked)
-    error = 100 * r["accuracy_standard_error"]
-    Console().print(
-        f"accuracy {100 * r['accuracy']:.2f} % (standard error {error:.2f}) of {r['texts_tested']:,} texts, "
-        f"{r['training_seconds']:.0f} s of training; model in {checked.output_dir}"
+    if int(os.environ.get("RANK", "0")):
+        return  # the first process speaks for all
+    found = [name for name in METRICS if name in r]
+    table = Table(*(METRICS[name] for name in found), "texts tested", "texts trained", "seconds")
+    table.add_row(
+        *(f"{r[name]:.4f}" for name in found),
+        f"{r['texts_tested']:,}",
+        f"{r['texts_trained']:,}",
+        f"{r['training_seconds']:.0f}",
     )
+    Console().print(table)
+    Console().print(f"model and metrics in {checked.output_dir}")
 
 
 def quiet() -> None:

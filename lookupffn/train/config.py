@@ -27,6 +27,8 @@ SHARE = Limit(lambda value: 0 < value < 1, "between 0 and 1")
 SHARE_OR_0 = Limit(lambda value: 0 <= value < 1, "at least 0 and less than 1")
 OBJECTIVES = Limit(lambda value: value in ("masked", "causal"), "one of masked, causal")
 POOLINGS = Limit(lambda value: value in ("mean", "cls"), "one of mean, cls")
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")  # names of transformers
+PROBLEM_TYPES = Limit(lambda value: value in PROBLEMS, f"one of {', '.join(PROBLEMS)}")
 SCHEDULES = Limit(lambda value: value in ("linear", "constant"), "one of linear, constant")
 
 
@@ -59,6 +61,21 @@ class Optimisation:
             object.__setattr__(self, field.name, value)
             if limit := field.metadata["limit"]:
                 check(limit.fits(value), field.name, value, limit.expected, InputError)
+
+    def changes(self, written: dict) -> list[str]:
+        """How these settings differ from those that a run has written, in words; folders do not count.
+
+        A setting that is newer than the run had its default then.
+        """
+        defaults = {f.name: {} if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
+        asked = dataclasses.asdict(self)
+        for name in FOLDERS:
+            asked.pop(name, None)
+        return [
+            f"{name}: {written.get(name, defaults[name])!r} there, {value!r} asked"
+            for name, value in asked.items()
+            if written.get(name, defaults[name]) != value
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +121,6 @@ class PretrainConfig(Optimisation):
         for name in ("evaluate_every", "save_every"):
             if getattr(self, name) % self.log_every:  # or a resumed run would log other means than an unbroken one
                 raise InputError(f"{name} {getattr(self, name)} must be a multiple of log_every {self.log_every}")
-
-    def changes(self, written: dict) -> list[str]:
-        """How these settings differ from those that a run has written, in words; folders do not count.
-
-        A setting that is newer than the run had its default then.
-        """
-        defaults = {f.name: {} if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
-        asked = dataclasses.asdict(self)
-        for name in FOLDERS:
-            del asked[name]
-        return [
-            f"{name}: {written.get(name, defaults[name])!r} there, {value!r} asked"
-            for name, value in asked.items()
-            if written.get(name, defaults[name]) != value
-        ]
 
     def model_config(self, tokenizer=None):
         """The ``LookupRobertaConfig``, with the vocabulary of ``tokenizer`` once there is one.
@@ -178,17 +180,21 @@ class FinetuneConfig(Optimisation):
     """
 
     model: str = _setting("runs/pretrain/model", "folder of a pretrained model with its tokenizer")
-    train: str = _setting("train.parquet", "labelled texts to learn from: .parquet, .jsonl or .csv")
+    train: str = _setting("train.parquet", "labelled texts to learn from: .parquet, .jsonl, .csv or .tsv (or .gz)")
     test: str = _setting("test.parquet", "labelled texts to measure on")
-    output_dir: str = _setting("runs/finetune", "folder of metrics and the final model")
+    output_dir: str = _setting("runs/finetune", "folder of checkpoints, metrics and the final model")
     text_column: str = _setting("text", "column of text; two with a comma for pairs of sentences")
-    label_column: str = _setting("label", "column of the class, a whole number or a word")
+    label_column: str = _setting("label", "column of the class, number or list of classes; or several of 0 and 1")
+    problem_type: str = _setting("single_label_classification", f"one of {', '.join(PROBLEMS)}", PROBLEM_TYPES)
+    encoding: str = _setting("utf-8", "of text files, a name that Python knows")
+    skip_bad: bool = _setting(False, "leave out rows that cannot be used, instead of refusing their file")
     pooling: str = _setting("mean", "what the head looks at: mean of all tokens, or cls, the first one", POOLINGS)
     max_length: int = _setting(256, "longer texts are cut to this many tokens", AT_LEAST_1)
     epochs: int = _setting(3, "passes over the training texts", AT_LEAST_1)
     batch_size: int = _setting(32, "texts a step", AT_LEAST_1)
     learning_rate: float = _setting(3e-4, "peak; after the warm-up linear to 0", POSITIVE)
     warmup_fraction: float = _setting(0.06, "share of the steps in which the learning rate rises", SHARE_OR_0)
+    save_every: int = _setting(500, "steps between checkpoints; 0: none", AT_LEAST_0)
     seed: int = _setting(0, "of the head, the order of texts and dropout", AT_LEAST_0)
 
 

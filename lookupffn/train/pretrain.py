@@ -12,58 +12,34 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainerCallback, default_data_collator, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from lookupffn import machine
 from lookupffn.diagnostics import HashMonitor
-from lookupffn.errors import InputError
+from lookupffn.files import atomic_write
 from lookupffn.hf import LookupRobertaForCausalLM, LookupRobertaForMaskedLM
 from lookupffn.train import checkpoint
-from lookupffn.train.config import FinetuneConfig, PretrainConfig
+from lookupffn.train.config import PretrainConfig
 from lookupffn.train.data import EMBEDDED, PretrainingData, in_words
 from lookupffn.train.masking import CausalBlocks, MaskedBlocks, unigram_entropy
+from lookupffn.train.trainer import (
+    Checkpoints,
+    GroupedTrainer,
+    Progress,
+    claim,
+    micro_batch_of,
+    save_final,
+    training_arguments,
+)
 
 logger = logging.getLogger(__name__)
-
-
-def parameter_groups(model: nn.Module, config: PretrainConfig | FinetuneConfig) -> list[dict]:
-    """Three groups for the optimizer: matrices (decayed), norms and biases (not), tables (not, own learning rate).
-
-    Tables are what a token reads rows of: the parameters that a module names in ``row_parameters``.
-    """
-    tables = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "row_parameters", ())}
-    matrices, vectors, lookups = [], [], []
-    for parameter in model.parameters():
-        group = lookups if id(parameter) in tables else matrices if parameter.dim() >= 2 else vectors
-        group.append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr": config.learning_rate, "tables": False},
-        {"params": vectors, "weight_decay": 0.0, "lr": config.learning_rate, "tables": False},
-        {
-            "params": lookups,
-            "weight_decay": 0.0,
-            "lr": config.learning_rate * config.table_learning_rate_multiplier,
-            "tables": True,
-        },
-    ]
-    return [group for group in groups if group["params"]]
 
 
 @torch.no_grad()
@@ -126,24 +102,6 @@ def datasets(config: PretrainConfig, data: PretrainingData) -> tuple[MaskedBlock
     return train, blocks(data.validation[::every][: config.evaluation_sequences or None], seed=0, **masks)
 
 
-class GroupedTrainer(Trainer):
-    """A Trainer whose AdamW has the groups of :func:`parameter_groups`, by the settings of ``config``."""
-
-    def __init__(self, *, config: PretrainConfig | FinetuneConfig, **kwargs):
-        self.config = config
-        super().__init__(**kwargs)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        c = self.config
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model if model is None else model, c),
-            betas=(c.adam_beta1, c.adam_beta2),
-            eps=c.adam_epsilon,
-            fused=True,
-        )
-        return self.optimizer
-
-
 class _PretrainingTrainer(GroupedTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Linear warm-up for all; then linear to 0, but for tables where ``table_schedule`` is constant."""
@@ -177,18 +135,6 @@ class _PretrainingTrainer(GroupedTrainer):
         return metrics
 
 
-class _Checkpoints(TrainerCallback):
-    """Makes the Trainer's checkpoints count only when whole, and removes old ones only after that."""
-
-    def on_save(self, args, state, control, **kwargs):
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every rank has written its random state
-        if state.is_world_process_zero:
-            output_dir = Path(args.output_dir)
-            checkpoint.mark_complete(output_dir / f"checkpoint-{state.global_step}")
-            checkpoint.keep_latest(output_dir, keep=2)
-
-
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a ``metrics.jsonl``, without what a kill has torn off the last one."""
     lines = []
@@ -211,7 +157,7 @@ class _Metrics(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:  # lines after the checkpoint that this run starts from are written again
             kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            checkpoint.atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            atomic_write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self.start = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
 
     def seconds(self) -> float:
@@ -231,35 +177,6 @@ class _Metrics(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.monitor.reset()  # what it has just seen was not training
-
-
-class Progress(TrainerCallback):
-    """One progress bar: steps, the latest training loss, and each of ``shown``, a label for a metric's name."""
-
-    def __init__(self, title: str, **shown: str):
-        self.title, self.metrics, self.values = title, {"train": "loss"} | shown, {}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.title,
-            unit="step",
-            disable=not state.is_world_process_zero,
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file need not hold every step
-        )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.values |= {label: f"{logs[key]:.3f}" for label, key in self.metrics.items() if key in logs}
-        if hasattr(self, "bar"):
-            self.bar.set_postfix(self.values, refresh=False)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,21 +201,29 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         InputError: settings and data do not fit, or ``output_dir`` holds a run with other settings or data.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.batch_size % (ranks * config.accumulation):
-        raise InputError(
-            f"batch_size {config.batch_size} must be a multiple of processes x accumulation = "
-            f"{ranks} x {config.accumulation}"
-        )
+    micro_batch = micro_batch_of(config, ranks, config.accumulation)
     output_dir = Path(config.output_dir)
     data = data or config.load_data()
     train, validation = datasets(config, data)
     model = build_model(config, data.tokenizer)
-    _claim(output_dir, config, data)  # only now, when nothing of the input can be refused any more
+    claim(
+        output_dir, config, tokens=data.summary["tokens"]
+    )  # only now, when nothing of the input can be refused any more
     set_seed(config.seed)  # of dropout
     trainer = _PretrainingTrainer(
         config=config,
         model=model,
-        args=_training_arguments(config, ranks),
+        args=training_arguments(
+            config,
+            ranks,
+            max_steps=config.steps,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=config.accumulation,
+            train_sampling_strategy="sequential",  # MaskedBlocks shuffles
+            eval_strategy="steps",
+            eval_steps=config.evaluate_every,
+            logging_steps=config.log_every,
+        ),
         train_dataset=train,
         eval_dataset=validation,
         processing_class=data.tokenizer,
@@ -309,7 +234,7 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         tensorboard = TensorBoardCallback()
         tensorboard.logging_dir = str(output_dir / "tensorboard")
         written = _Metrics(config, monitor)
-        for callback in (_Checkpoints(), written, Progress(config.ffn, validation="eval_log_perplexity"), tensorboard):
+        for callback in (Checkpoints(), written, Progress(config.ffn, validation="eval_log_perplexity"), tensorboard):
             trainer.add_callback(callback)
         if trainer.is_world_process_zero():
             checkpoint.keep_latest(output_dir, keep=2)  # a damaged one would be written into, its marker still there
@@ -338,36 +263,11 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
         "data": data.summary,
     }
     if trainer.is_world_process_zero():
-        _save_final(output_dir, model, data.tokenizer, metrics)
+        model.config.sparse_prediction = False  # whoever loads it expects logits of every token
+        save_final(output_dir, model, data.tokenizer, metrics)
+        model.config.sparse_prediction = True
     trainer.accelerator.wait_for_everyone()
     return PretrainResult(model, data, validation, metrics, output_dir, curve(output_dir))
-
-
-def _training_arguments(config: PretrainConfig, ranks: int) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=config.output_dir,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size // (ranks * config.accumulation),
-        gradient_accumulation_steps=config.accumulation,
-        train_sampling_strategy="sequential",  # MaskedBlocks shuffles
-        learning_rate=config.learning_rate,
-        max_grad_norm=config.max_grad_norm,
-        eval_strategy="steps",
-        eval_steps=config.evaluate_every,
-        logging_steps=config.log_every,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 1,
-        seed=config.seed,
-        bf16=config.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if ranks > 1 and not torch.cuda.is_available() else None,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        disable_tqdm=True,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take torchrun; DataParallel would multiply the batch
-    return arguments
 
 
 def _say_what_was_skipped(summary: dict) -> None:
@@ -378,38 +278,6 @@ def _say_what_was_skipped(summary: dict) -> None:
         logger.warning(
             "%s: %s documents are used; skipped: %s (%s)", summary["source"], f"{documents:,}", skipped, examples
         )
-
-
-def _claim(output_dir: Path, config: PretrainConfig, data: PretrainingData) -> None:
-    """Writes the settings to ``output_dir``, or refuses a folder in which a run with other settings lies."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path, fields = output_dir / "config.json", dataclasses.asdict(config)
-    fields.pop("output_dir")
-    fields["tokens"] = tokens = data.summary["tokens"]  # other data under the same name is other data
-    if path.exists():
-        written = json.loads(path.read_text(encoding="utf-8"))
-        changed = config.changes(written)
-        if written.get("tokens") != tokens:
-            changed.append(f"tokens: {written.get('tokens')!r} there, {tokens!r} asked")
-        if changed:
-            raise InputError(
-                f"{output_dir} holds a run with other settings ({'; '.join(changed)}): choose another folder"
-            )
-    else:
-        checkpoint.atomic_write(path, json.dumps(fields, indent=1) + "\n")
-
-
-def _save_final(output_dir: Path, model: LookupRobertaForMaskedLM, tokenizer, metrics: dict) -> None:
-    folder, temporary = output_dir / "model", output_dir / ".model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.config.sparse_prediction = False  # whoever loads it expects logits of every token
-    model.save_pretrained(temporary)
-    model.config.sparse_prediction = True
-    tokenizer.save_pretrained(temporary)
-    checkpoint.mark_complete(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    checkpoint.atomic_write(output_dir / "results.json", json.dumps(metrics, indent=1) + "\n")
 
 
 def curve(output_dir: Path) -> list[dict]:

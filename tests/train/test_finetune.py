@@ -12,6 +12,7 @@ from lookupffn.errors import InputError
 from lookupffn.train.config import FinetuneConfig, PretrainConfig
 from lookupffn.train.finetune import finetune
 from lookupffn.train.pretrain import pretrain
+from lookupffn.train.trainer import Progress
 
 WORDS = {"good": "fine great lovely warm", "bad": "dull awful poor cold"}
 
@@ -96,9 +97,9 @@ def test_pairs_of_sentences_and_whole_numbers(pretrained, tmp_path, one_thread):
     ("change", "message"),
     [
         ({"model": "nowhere"}, "nowhere"),
-        ({"train": "nowhere.csv"}, r"nowhere.csv: give an existing file that ends in \.parquet, \.jsonl, \.csv"),
-        ({"text_column": "txt"}, r"train.csv: no column txt; there are text, label"),
-        ({"label_column": "score"}, "no column score"),
+        ({"train": "nowhere.csv"}, r"nowhere.csv: give an existing file that ends in \.jsonl, \.csv, \.tsv, \.parquet"),
+        ({"text_column": "txt"}, r"train.csv: no column 'txt'; set text_column to one of: text, label"),
+        ({"label_column": "score"}, "no column 'score'; set label_column to one of: text, label"),
         ({"max_length": 1000}, "max_length 1000 must be at most the model's max_position_embeddings, 512"),
     ],
 )
@@ -106,6 +107,87 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(change, message, pret
     with pytest.raises(InputError, match=message):
         finetune(config_for(pretrained, tmp_path, files, **change))
     assert not (tmp_path / "out").exists()
+
+
+def test_stopped_and_started_again_it_ends_bit_for_bit_the_same(pretrained, tmp_path, files, one_thread, monkeypatch):
+    """192 texts in batches of 32, three times: 18 steps, checkpoints at 8 and 16; it dies at 11."""
+    unbroken = finetune(config_for(pretrained, tmp_path, files, save_every=8))
+    config = config_for(pretrained, tmp_path, files, save_every=8, output_dir=str(tmp_path / "resumed"))
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 11:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_step_end", die)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    assert not (tmp_path / "resumed" / "results.json").exists()
+    results = finetune(config)
+    assert (unbroken["resumed_from"], results["resumed_from"]) == (None, "checkpoint-8")
+    assert results["accuracy"] == unbroken["accuracy"]
+    a, b = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("out", "resumed"))
+    assert a == b
+
+
+def test_a_folder_with_another_run_is_refused_and_left_as_it_is(pretrained, tmp_path, files):
+    finetune(config_for(pretrained, tmp_path, files, epochs=1))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
+    with pytest.raises(InputError, match=r"out holds a run with other settings \(epochs: 1 there, 2 asked\)"):
+        finetune(config_for(pretrained, tmp_path, files, epochs=2))
+    write(tmp_path / "train.csv", rows(192, 5))
+    with pytest.raises(InputError, match=r"other settings \(data: '\w+' there, '\w+' asked\)"):
+        finetune(config_for(pretrained, tmp_path, files, epochs=1))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_number_is_learnt_by_regression(pretrained, tmp_path, one_thread):
+    rng = random.Random(0)
+    texts = []
+    for _ in range(300):
+        good = rng.randint(0, 8)
+        words = rng.choices(WORDS["good"].split(), k=good) + rng.choices(WORDS["bad"].split(), k=8 - good)
+        texts.append((" ".join(rng.sample(words, 8)), good / 4 - 1))
+    files = {"train": write(tmp_path / "a.csv", texts[:250], ("text", "score")), "label_column": "score"}
+    files["test"] = write(tmp_path / "b.csv", texts[250:], ("text", "score"))
+    results = finetune(config_for(pretrained, tmp_path, files, problem_type="regression", epochs=8))
+    assert results["spearman"] > 0.9
+    assert "accuracy" not in results
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+
+
+@pytest.mark.parametrize("kind", ["lists", "columns"])
+def test_several_labels_a_text(pretrained, tmp_path, kind, one_thread):
+    rng = random.Random(0)
+    texts = [([name for name in WORDS if rng.random() < 0.5]) for _ in range(300)]
+    made = [" ".join(["so", *(rng.choice(WORDS[name].split()) for name in names for _ in range(4))]) for names in texts]
+    if kind == "lists":
+        path = tmp_path / "a.jsonl"
+        lines = [json.dumps({"text": text, "label": names}) for text, names in zip(made, texts, strict=True)]
+        path.write_text("\n".join(lines))
+        column = "label"
+    else:
+        cells = [(text, *(int(name in names) for name in WORDS)) for text, names in zip(made, texts, strict=True)]
+        path, column = write(tmp_path / "a.csv", cells, ("text", *WORDS)), ",".join(WORDS)
+    files = {"train": str(path), "test": str(path), "label_column": column}
+    results = finetune(config_for(pretrained, tmp_path, files, problem_type="multi_label_classification", epochs=8))
+    assert results["classes"] == ["bad", "good"]
+    assert min(results["f1_micro"], results["f1_macro"], results["accuracy"]) > 0.9
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.problem_type == "multi_label_classification"
+
+
+def test_rows_left_out_are_said_and_kept(pretrained, tmp_path, files, caplog):
+    train = write(tmp_path / "train.csv", [*rows(64, 2), ("", "good"), (" ", "bad"), ("fine", "")])
+    with pytest.raises(InputError, match=r"3 rows cannot be used \(.*train\.csv:row 65: no text in column 'text'"):
+        finetune(config_for(pretrained, tmp_path, files))
+    results = finetune(config_for(pretrained, tmp_path, files, skip_bad=True, epochs=1))
+    skipped = {"no text in column 'text'": 2, "no label in column 'label'": 1}
+    assert results["skipped"] == {"train": skipped, "test": {}}
+    assert results["texts_trained"] == 64
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "lookupffn.train.finetune")
+    assert said == f"{train}: 64 texts are used; skipped: 2 no text in column 'text', 1 no label in column 'label'"
 
 
 def test_classes_must_fit(pretrained, tmp_path, files):
@@ -127,6 +209,7 @@ def test_classes_must_fit(pretrained, tmp_path, files):
         ("learning_rate", 0.0, "learning_rate must be more than 0"),
         ("warmup_fraction", 1.0, "warmup_fraction must be at least 0 and less than 1"),
         ("seed", -1, "seed must be at least 0"),
+        ("problem_type", "ranking", "problem_type must be one of single_label_classification, multi_label"),
         ("pooling", "max", "pooling must be one of mean, cls, not 'max'"),
         ("batch_size", "many", "batch_size must be of type int, not 'many'"),
     ],
