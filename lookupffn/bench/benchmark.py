@@ -9,7 +9,6 @@ hardest case for the caches, which a trained model is not. A dense FFN reads the
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +24,7 @@ from lookupffn import machine, native
 from lookupffn.bench.engines import dense_chain, dense_runs, torch_runner
 from lookupffn.bench.timing import Timing, time_interleaved
 from lookupffn.ffns.dense import DenseFFN
+from lookupffn.files import atomic_replace, make_folder
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.memory import HUGE_PAGE, aligned_bytes
 from lookupffn.runtime.packed import pack
@@ -288,12 +288,6 @@ def print_bandwidth(records: list[dict], console: Console) -> None:
             console.print(f"{r['label']}: {r['gigabytes_per_second']:.0f} GB/s, 1 thread")
 
 
-def write_json(records: list[dict], path: Path) -> None:
-    """One JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
 def plot(records: list[dict], path: Path) -> None:
     """Microseconds a token over tokens, a panel a shape and number of threads: dense engines grey, lookup in colour."""
     import matplotlib.pyplot as plt
@@ -328,6 +322,7 @@ def plot(records: list[dict], path: Path) -> None:
         axis.set_title(f"width {panel[0]}, dense FFN {panel[1]}, {panel[2]} thread(s)")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7, ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    make_folder(path.parent)
+    with atomic_replace(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=120)
     plt.close(figure)

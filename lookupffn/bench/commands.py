@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lookupffn.errors import InputError
 from lookupffn.extras import require
+from lookupffn.files import check_writable, write_json_lines
 
 app = typer.Typer()
 WIDTHS = [512]
@@ -38,8 +39,10 @@ def bench(
     keep_freed_memory()
     console, counts = Console(soft_wrap=True), threads or sorted({1, torch.get_num_threads()})
     shapes = [(width, 4 * width) for width in hidden_size]
+    for path in (json, plot):
+        check_writable(Path(path))  # before anything is measured
     for records in run.bench(shapes, tokens, counts, seconds=seconds, seed=seed, training=training, console=console):
-        run.write_json(records, Path(json))  # after every shape: what was measured is kept if the rest is not
+        write_json_lines(Path(json), records)  # after every shape: what was measured is kept if the rest is not
         run.plot(records, Path(plot))
     run.print_bandwidth(records, console)
     console.print(f"measurements in [bold]{json}[/], plot in [bold]{plot}[/]")

@@ -42,9 +42,9 @@ def compare(
     if jobs < 1 or not seconds > 0:
         raise InputError(f"jobs and seconds must be positive, not {jobs} and {seconds}")
     require("lab", "lookupffn compare")
+    quiet()
     from lookupffn.lab import compare as lab
 
-    quiet()
     names = [name.strip() for name in ffn.split(",") if name.strip()]
     if not names:
         raise InputError(f"--ffn {ffn!r} names no feed-forward layer: give one or more, with commas, as dense,lookup")
@@ -64,7 +64,7 @@ def demo(
     if not minutes > 0 or (steps is not None and steps < 1):
         raise InputError(f"minutes and steps must be positive, not {minutes} and {steps}")
     require("lab", "lookupffn demo")
+    quiet()
     from lookupffn.lab.demo import demo as run
 
-    quiet()
     run(output_dir, minutes=minutes, steps=steps, seed=seed)

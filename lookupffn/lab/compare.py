@@ -28,7 +28,7 @@ from lookupffn.bench.engines import DENSE_ENGINES
 from lookupffn.bench.timing import time_interleaved
 from lookupffn.errors import InputError
 from lookupffn.ffns.dense import DenseFFN
-from lookupffn.files import atomic_write
+from lookupffn.files import atomic_write, check_writable, make_folder, write_json_lines
 from lookupffn.hf import LookupRobertaForCausalLM, LookupRobertaForMaskedLM
 from lookupffn.lab.report.comparison import markdown, plot, show
 from lookupffn.layer import LookupFFN
@@ -112,13 +112,13 @@ def compare(runs: Sequence[Run], output_dir: str | Path, *, jobs: int, seconds: 
         InputError: some runs failed; the message names them and their logs. What was finished is reported first.
     """
     console, output_dir = Console(soft_wrap=True), Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(output_dir / "compare.jsonl")
     failed = _train(runs, jobs, console)
     finished = [run for run in runs if run.finished]
     if finished:
         console.print(f"measuring {len(finished)} models")
         records = _records(finished, seconds)
-        atomic_write(output_dir / "compare.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+        write_json_lines(output_dir / "compare.jsonl", records)
         atomic_write(output_dir / "compare.md", markdown(records))
         plot(records, output_dir / "compare.png")
         show(records, console)
@@ -177,9 +177,9 @@ def _train(runs: Sequence[Run], jobs: int, console: Console) -> list[Run]:
 
 
 def _start(run: Run, environment: dict[str, str]) -> subprocess.Popen:
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(run.folder.parent)
     settings = Path(f"{run.folder}.yaml")
-    settings.write_text(yaml.safe_dump(dataclasses.asdict(run.config), sort_keys=False), encoding="utf-8")
+    atomic_write(settings, yaml.safe_dump(dataclasses.asdict(run.config), sort_keys=False))
     command = [sys.executable, "-m", "lookupffn", "pretrain", "--config", str(settings)]
     with Path(f"{run.folder}.log").open("w", encoding="utf-8") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lookupffn import machine, native
 from lookupffn.diagnostics import HashMonitor
 from lookupffn.errors import InputError
+from lookupffn.files import check_writable
 from lookupffn.hf import LookupRobertaForMaskedLM
 from lookupffn.lab.report import verdict, words, write_report
 from lookupffn.lab.speed import TIMED_TOKENS, time_models
@@ -65,6 +66,7 @@ def demo(output_dir: str | Path, *, minutes: float, steps: int | None, seed: int
     They differ in nothing but the FFN: same seed, batches, masks, steps. Returns the report's path.
     """
     output_dir, console = Path(output_dir), Console()
+    check_writable(output_dir / "report.html")
     start = time.perf_counter()
     console.print("[bold]1/4[/] preparing the text of Python's standard library")
     data = RECIPE.load_data()

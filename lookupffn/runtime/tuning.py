@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lookupffn import machine, native
 from lookupffn.errors import InputError, check
-from lookupffn.files import atomic_write, cache_folder
+from lookupffn.files import atomic_write, cache_folder, make_folder
 from lookupffn.layer import LookupConfig
 from lookupffn.runtime.format import read_header
 
@@ -106,10 +106,10 @@ def timed_tiling(config: LookupConfig, packed: Tensor, *, refresh: bool = False)
             return Tiling(**_read_cache()[key])
     chosen = _timed_choice(config, packed)
     try:
-        cache_file().parent.mkdir(parents=True, exist_ok=True)
+        make_folder(cache_file().parent)
         known = _read_cache() | {key: dataclasses.asdict(chosen)}
         atomic_write(cache_file(), json.dumps(known, indent=1) + "\n")
-    except (OSError, InputError):  # InputError: a user without a home
+    except InputError:  # a user without a home, or a folder that takes no file
         pass
     return chosen
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -29,9 +30,9 @@ def pretrain(config: str | None, **flags) -> None:
     checked = _settings(PretrainConfig, config, flags)
     require("train", "lookupffn pretrain")
 
+    quiet()
     from lookupffn.train.pretrain import pretrain as run
 
-    quiet()
     result = run(checked)
     if int(os.environ.get("RANK", "0")):
         return  # the first process speaks for all
@@ -57,10 +58,10 @@ def finetune(config: str | None, **flags) -> None:
     checked = _settings(FinetuneConfig, config, flags)
     require("train", "lookupffn finetune")
 
+    quiet()
     from lookupffn.train.finetune import finetune as run
     from lookupffn.train.metrics import METRICS
 
-    quiet()
     r = run(checked)
     if int(os.environ.get("RANK", "0")):
         return  # the first process speaks for all
@@ -77,11 +78,13 @@ def finetune(config: str | None, **flags) -> None:
 
 
 def quiet() -> None:
-    """Leaves the terminal to our own progress bars and errors."""
-    from transformers.utils import logging
+    """Leaves the terminal to our own progress bars and errors; to be called before what it quiets is imported."""
+    for name in ("torchao", "torch.utils._pytree"):  # its libraries for other devices, and a name that it still uses
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import shutil
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from lookupffn.files import cache_folder, fsync
+from lookupffn.errors import WriteError
+from lookupffn.files import cache_folder, fsync, make_folder, writing
 from lookupffn.train import rows
 from lookupffn.train.rows import (
     BAD_SHARE,
@@ -123,18 +125,24 @@ def pretraining_data(
     if _damage(folder):
         read = partial(_Reader, found, text_column, validation_fraction, progress, encoding=encoding, skip_bad=skip_bad)
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):  # of several ranks one prepares, the others find it done
+            make_folder(cache)
+            # Of several ranks one prepares, the others find it done.
+            with writing(folder), FileLock(f"{folder}.lock"):
                 if damage := _damage(folder):
                     if folder.exists():
                         logger.warning("%s: damaged cache (%s), preparing it again", folder, damage)
                     _build(folder, read, pretrained, vocab_size, block_size)
-        except OSError as error:
-            raise DataError(f"{folder}: cannot write the cache ({error}); choose another cache_dir") from None
+        except WriteError as error:
+            raise DataError(f"cannot write the cache ({error}); choose another folder by cache_dir") from error
     result = _load(folder)
     if not skip_bad:  # as it may have been when the cache was made
         refuse_bad(result.summary)
     return result
+
+
+def progress_bar(**options: Any) -> tqdm:
+    """A bar that a terminal redraws ten times a second, and a log file gets a line of in half a minute."""
+    return tqdm(**options, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 # ---- Reading: a source to pieces of documents
@@ -207,7 +215,7 @@ class _Reader:
             self._skip(path, reason)
         total = sum(size for _, size, _ in self.source.files or []) or None
         style = {"unit": "B", "unit_scale": True, "desc": self.purpose, "disable": not self.progress}
-        with tqdm(total=total, **style) as bar:
+        with progress_bar(total=total, **style) as bar:
             for piece in self._hub() if self.source.files is None else self._files():
                 if piece.starts:  # decides for the whole document
                     split = SPLITS[_hash(piece.text) < self.validation_fraction * 2**64]

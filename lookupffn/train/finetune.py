@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lookupffn import machine
 from lookupffn.errors import InputError
+from lookupffn.files import writing
 from lookupffn.hf import LookupRobertaForSequenceClassification
 from lookupffn.train import checkpoint
 from lookupffn.train.config import FinetuneConfig
@@ -94,7 +95,8 @@ def finetune(config: FinetuneConfig) -> dict:
     trainer.accelerator.wait_for_everyone()
     latest = checkpoint.latest_complete(output_dir)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+    with writing(output_dir):
+        trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     seconds = time.perf_counter() - start
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     results = {

@@ -23,7 +23,7 @@ from transformers.integrations import TensorBoardCallback
 
 from lookupffn import machine
 from lookupffn.diagnostics import HashMonitor
-from lookupffn.files import atomic_write
+from lookupffn.files import atomic_write, writing
 from lookupffn.hf import LookupRobertaForCausalLM, LookupRobertaForMaskedLM
 from lookupffn.train import checkpoint
 from lookupffn.train.config import PretrainConfig
@@ -241,7 +241,8 @@ def pretrain(config: PretrainConfig, data: PretrainingData | None = None) -> Pre
             _say_what_was_skipped(data.summary)
         trainer.accelerator.wait_for_everyone()
         latest = checkpoint.latest_complete(output_dir)
-        trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        with writing(output_dir):
+            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
         seconds = written.seconds()
     evaluations = [entry for entry in trainer.state.log_history if "eval_log_perplexity" in entry]
     if not evaluations or evaluations[-1]["step"] != config.steps:  # or the last step has evaluated already

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from lookupffn.errors import InputError
-from lookupffn.files import atomic_write
+from lookupffn.files import atomic_write, make_folder, writing
 from lookupffn.train import checkpoint
 from lookupffn.train.config import FOLDERS, FinetuneConfig, PretrainConfig
+from lookupffn.train.data import progress_bar
 
 
 def parameter_groups(model: nn.Module, config: PretrainConfig | FinetuneConfig) -> list[dict]:
@@ -110,14 +109,12 @@ class Progress(TrainerCallback):
         self.title, self.metrics, self.values = title, {"train": "loss"} | shown, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=state.max_steps,
             initial=state.global_step,
             desc=self.title,
             unit="step",
             disable=not state.is_world_process_zero,
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file need not hold every step
         )
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -138,7 +135,7 @@ def claim(output_dir: Path, config: PretrainConfig | FinetuneConfig, **data) -> 
     Raises:
         InputError: a run with other settings or data lies there.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     path, fields = output_dir / "config.json", dataclasses.asdict(config) | data
     for name in FOLDERS:
         fields.pop(name, None)
@@ -155,10 +152,11 @@ def claim(output_dir: Path, config: PretrainConfig | FinetuneConfig, **data) -> 
 def save_final(output_dir: Path, model: PreTrainedModel, tokenizer, results: dict) -> None:
     """``model/`` with the tokenizer, then ``results.json``, each whole or as it was before."""
     folder, temporary = output_dir / "model", output_dir / ".model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    checkpoint.mark_complete(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    atomic_write(output_dir / "results.json", json.dumps(results, indent=1) + "\n")
+    with writing(output_dir):
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        checkpoint.mark_complete(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        atomic_write(output_dir / "results.json", json.dumps(results, indent=1) + "\n")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import get_linear_schedule_with_warmup
 
 from lookupffn import LookupFFN
-from lookupffn.errors import InputError
+from lookupffn.errors import InputError, WriteError
 from lookupffn.hf import LookupRobertaForMaskedLM
 from lookupffn.train import pretrain as pretraining
 from lookupffn.train.config import PretrainConfig
@@ -345,6 +346,26 @@ def test_what_was_skipped_is_said_once_and_kept(corpus, tmp_path, caplog):
     assert said.startswith(f"{folder}: 300 documents are used; skipped: 2 not UTF-8 ({folder}/a.txt: not UTF-8; ")
     assert metrics["data"]["skipped"] == {"not UTF-8": 2}
     assert json.loads((tmp_path / "run" / "results.json").read_text())["data"] == metrics["data"]
+
+
+@pytest.mark.parametrize("limit", [1 << 16, 1 << 18])  # bytes a file: less than the model, less than its optimizer
+def test_a_full_disk_is_said_by_its_folder_and_the_run_goes_on_when_there_is_room(corpus, tmp_path, limit):
+    config = config_for(corpus, tmp_path / "run", steps=4, save_every=2)
+    config.load_data()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(WriteError, match=rf"^{tmp_path}/run cannot be written: (File too large|torch.save failed)"):
+            pretrain(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert pretrain(config).metrics["resumed_from"] is None
+    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_size > 1 << 16
+
+
+def test_a_folder_that_cannot_be_made_is_named(corpus):
+    with pytest.raises(WriteError, match=r"^/proc/lookupffn cannot be written: No such file or directory"):
+        pretrain(config_for(corpus, "/proc/lookupffn", steps=2))
 
 
 def test_a_torn_line_of_metrics_is_dropped(tmp_path):

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lookupffn.errors import InputError
 from lookupffn.extras import require
+from lookupffn.files import check_writable, write_json_lines
 from lookupffn.lab.hardware.options import (
     BlockSize,
     CodeBits,
@@ -31,7 +32,6 @@ from lookupffn.lab.hardware.options import (
     machine_of,
     probed,
     read_lines,
-    write_lines,
 )
 from lookupffn.lab.hardware.tables import print_operations, print_probe, print_validation
 
@@ -42,11 +42,12 @@ app = typer.Typer(no_args_is_help=True, help="What this machine gives, and what 
 def probe(json_file: Annotated[str, typer.Option("--json", help="file of the record")] = "runs/hardware/probe.json"):
     """Measures this machine in under a minute: instructions, caches, memory, pages, products; table and JSON."""
     console = Console(soft_wrap=True)
+    check_writable(Path(json_file))
     with console.status("probing") as status:
         record = probed(lambda what: status.update(f"probing: {what}"))
-    path = write_lines([record], json_file)
+    write_json_lines(Path(json_file), [record])
     print_probe(record, console)
-    console.print(f"the record is in [bold]{path}[/]")
+    console.print(f"the record is in [bold]{json_file}[/]")
 
 
 @app.command()
@@ -114,7 +115,8 @@ def predict(
             }
         )  # fmt: skip
     if json_file:
-        console.print(f"the lines are in [bold]{write_lines(records, json_file)}[/]")
+        write_json_lines(Path(json_file), records)
+        console.print(f"the lines are in [bold]{json_file}[/]")
 
 
 @app.command()
@@ -144,7 +146,8 @@ def count(
         cases = [Case(config, dtype, n, threads, tiling=tiling) for tiling in tilings]
         records += (counting.record(case) for case in cases)
         print_operations(counting.count(cases[0]), f"{n:,} token(s) a call: operations a token", console)
-    console.print(f"the lines are in [bold]{write_lines(records, json_file)}[/]")
+    write_json_lines(Path(json_file), records)
+    console.print(f"the lines are in [bold]{json_file}[/]")
 
 
 @app.command()
@@ -163,6 +166,7 @@ def validate(
     from lookupffn.lab.hardware import validate as run
 
     check_positive(cases=cases, passes=passes, seconds=seconds)
+    check_writable(Path(json_file))
     console = Console(soft_wrap=True)
     samples = run.sample_cases(cases, seed, torch.get_num_threads()), run.sample_steps(steps, seed)
     keep_freed_memory()
@@ -174,7 +178,8 @@ def validate(
         records = run.validate(*samples, probe_once, passes, seconds, status.update)
     summaries = run.summaries(records)
     print_validation(records, summaries, console)
-    console.print(f"the lines are in [bold]{write_lines([*records, *summaries], json_file)}[/]")
+    write_json_lines(Path(json_file), [*records, *summaries])
+    console.print(f"the lines are in [bold]{json_file}[/]")
 
 
 @app.command()
@@ -236,7 +241,8 @@ def simulate(
         raise InputError(str(error)) from None
     console.print(table)
     if json_file:
-        console.print(f"the lines are in [bold]{write_lines(records, json_file)}[/]")
+        write_json_lines(Path(json_file), records)
+        console.print(f"the lines are in [bold]{json_file}[/]")
 
 
 @app.command()
@@ -257,6 +263,7 @@ def study(
 
     console, folder = Console(soft_wrap=True), Path(output_dir)
     given = [record for file in lines for record in read_lines(file)]
+    check_writable(folder / "study.jsonl")
     described = descriptions()
     found = {name: describe(d) for name, d in described.items()}
     measured = {"here" if name == "here" else Path(name).stem: machine_of(name, console) for name in machine}
@@ -271,7 +278,8 @@ def study(
         if r["what"] == "feature":
             table.add_row(r["feature"], *(f"{r[n]:.2f}" for n in ("times_faster", "least", "most")), r["most_on"])
     console.print(table)
-    path = write_lines(records, folder / "study.jsonl")
+    path = folder / "study.jsonl"
+    write_json_lines(path, records)
     page = write_study(records + given, folder, names, "lookupffn hardware study")
     console.print(f"the lines are in [bold]{path}[/], the report in [bold]{page}[/]")
 

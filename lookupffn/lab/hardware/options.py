@@ -96,11 +96,3 @@ def read_lines(file: str) -> list[dict]:
     if not all(isinstance(record, dict) and "what" in record for record in found):
         raise InputError(f"{file}: each line must be a record with `what` it is")
     return found
-
-
-def write_lines(records: Sequence[dict], file: str | Path) -> Path:
-    """One JSON object a line."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from lookupffn.files import atomic_write
+from lookupffn.files import atomic_write, make_folder
 
 from . import words
 
@@ -22,7 +22,7 @@ def write_report(report: dict, folder: Path) -> Path:
     report = _finite(report)
     page = _page(report)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _write(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return _write(folder / "report.html", page)
 

@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lookupffn.files import atomic_replace, make_folder
+
 
 def summarise(records: Sequence[dict]) -> list[dict]:
     """One row for each recipe and number of tokens: means over seeds, their spread, and the difference to ``dense``.
@@ -155,5 +157,6 @@ def plot(records: Sequence[dict], path: Path) -> None:
             ax.grid(color="0.92")
             ax.margins(0.15, 0.2)  # room for the names
             _name(ax, marks)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    make_folder(path.parent)
+    with atomic_replace(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=130)

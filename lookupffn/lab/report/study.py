@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lookupffn.files import atomic_write
+from lookupffn.files import atomic_write, make_folder
 
 BAND = 0.15  # of error, shown beside the line of equals
 
@@ -48,7 +48,7 @@ def write_study(records: list[dict], folder: Path, names: dict[str, str], comman
         simulations=of("simulation"),
         ladder=_ladder(of("time"), of("count")),
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / "report.html"
     atomic_write(path, page)
     return path
