@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from lookupffn import ops
-from lookupffn.bench.engines import DENSE_ENGINES, dense_chain, torch_runner
+from lookupffn.bench.engines import DENSE_ENGINES, Engine, dense_chain, torch_runner
 from lookupffn.bench.timing import time_interleaved
 from lookupffn.lab.hardware.case import LINE, Case
 from lookupffn.lab.hardware.model import Machine, dense_ns, predict, tuned
@@ -33,12 +33,14 @@ ABOUT = 3 / 4  # of the most rows times reads: differences in quality below this
 BLOCK_SIZE = 8  # of the recipe in docs/quality.md; the engine merges blocks to 16, which costs no time
 GROUP = 16  # tables that the engine hashes at once
 MOST_TABLES = 4096
+SECONDS_AN_ENGINE = 5  # to build and time 12 layers of width 768, on two cores of 2024
 DISTINCT_TOKENS = 2048  # of the lookup's inputs, in turn: rows are not those of the call before
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A layer that keeps to the limits: its packed bytes in all layers, and nanoseconds a token by tokens a call."""
+    """A layer that keeps to the limits: its packed bytes in all layers, and nanoseconds a token by tokens a call, where
+    these were predicted."""
 
     config: LookupConfig
     dtype: str
@@ -61,7 +63,7 @@ def advise(
     intermediate_size: int,
     layers: int,
     memory_bytes: float,
-    machine: Machine,
+    machine: Machine | None,
     *,
     fewer: float = 6.0,
     dtypes: Sequence[str] = ("int8",),
@@ -72,7 +74,8 @@ def advise(
 
     Each has at most ``1 / fewer`` of the multiply-adds of the dense FFN, and the packed tables and projections of all
     layers take at most ``memory_bytes``. First comes the fastest, over all of ``tokens``, of those that have about the
-    most rows times reads, then the others by these.
+    most rows times reads, then the others by these. Without a machine no time is predicted, and the first is the one of
+    these that reads the fewest bytes a token.
 
     Raises:
         ValueError: no layer keeps to both limits; the message says what the smallest would take.
@@ -80,15 +83,17 @@ def advise(
     found, dense_macs = candidates(hidden_size, intermediate_size, layers, memory_bytes, fewer, dtypes)
     options = []
     for config, dtype in found:
-        calls = (tuned(Case(config, dtype, n, threads, layers), machine) for n in tokens)
-        ns = {case.tokens: predict(case, machine).ns + machine.module_ns / case.tokens for case in calls}
+        ns = {}
+        if machine:
+            calls = (tuned(Case(config, dtype, n, threads, layers), machine) for n in tokens)
+            ns = {case.tokens: predict(case, machine).ns + machine.module_ns / case.tokens for case in calls}
         options.append(Option(config, dtype, layers * _bytes(Case(config, dtype)), _macs(config), ns))
     options.sort(key=lambda option: -capacity(option.config))
     equals = [option for option in options if capacity(option.config) >= ABOUT * capacity(options[0].config)]
-    first = min(equals, key=lambda option: math.prod(option.ns.values()))
+    first = min(equals, key=lambda option: math.prod(option.ns.values()) if machine else row_bytes(option))
     options.insert(0, options.pop(options.index(first)))
     dense = {}
-    for n in tokens:
+    for n in tokens if machine else ():
         times = {d: dense_ns(hidden_size, intermediate_size, machine, d, n, threads, layers) for d in DTYPES}
         dense[n] = min(times.items(), key=lambda item: item[1])
     return Advice(options, dense_macs, dense)
@@ -136,6 +141,12 @@ def capacity(config: LookupConfig) -> int:
     return config.num_tables * config.num_rows * config.reads
 
 
+def row_bytes(option: Option) -> int:
+    """Bytes of table rows that a token reads in a layer."""
+    c = option.config
+    return c.num_tables * c.reads * Case(c, option.dtype).row_bytes
+
+
 def _fewest(width: int) -> int:
     return max(1, math.ceil(width * FEWEST_TABLES / GROUP)) * GROUP
 
@@ -158,8 +169,20 @@ def _bytes(case: Case) -> int:
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
+def engines() -> list[Engine]:
+    """The dense engines at hand; not the compiled ones, which take a minute a size to build."""
+    return [engine for engine in DENSE_ENGINES if engine.available and not engine.compiled]
+
+
 def measure(
-    option: Option, hidden_size: int, intermediate_size: int, layers: int, *, threads: int, seconds: float = 0.3
+    option: Option,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    *,
+    threads: int,
+    seconds: float = 0.3,
+    progress: Callable[[str], object] = lambda what: None,
 ) -> dict[int, dict[str, float]]:
     """Nanoseconds a token and layer here of an option and of every dense engine at hand, by tokens a call.
 
@@ -176,10 +199,11 @@ def measure(
             for tokens in option.ns:
                 inputs = torch.randn(max(1, DISTINCT_TOKENS // tokens), tokens, hidden_size).unbind(0)
                 calls = {"lookup": torch_runner(chain, inputs, compiled=False)}
-                for engine in DENSE_ENGINES:
-                    if engine.available and not engine.compiled:
-                        with contextlib.suppress(Exception):  # whatever a baseline's library raises: there are others
-                            calls[f"{engine.name} {engine.dtype}"] = engine.build(dense, inputs[0], threads)
+                for engine in engines():
+                    progress(f"{tokens:,} token(s), building {engine.label}")
+                    with contextlib.suppress(Exception):  # whatever a baseline's library raises: there are others
+                        calls[f"{engine.name} {engine.dtype}"] = engine.build(dense, inputs[0], threads)
+                progress(f"{tokens:,} token(s), timing {len(calls)} engines in turn")
                 times = time_interleaved(calls, seconds * len(calls), block=10e-3, pause=1e-3)
                 found[tokens] = {name: time.low / tokens / layers * 1e9 for name, time in times.items()}
             return found

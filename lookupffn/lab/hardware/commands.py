@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from lookupffn.lab.hardware.options import (
     MachineOption,
     NumTables,
     Reads,
+    Refresh,
     Threads,
     Tokens,
     cache_of,
@@ -32,8 +34,9 @@ from lookupffn.lab.hardware.options import (
     machine_of,
     probed,
     read_lines,
+    shown,
 )
-from lookupffn.lab.hardware.tables import print_operations, print_probe, print_validation
+from lookupffn.lab.hardware.tables import print_advice, print_operations, print_probe, print_validation
 
 app = typer.Typer(no_args_is_help=True, help="What this machine gives, and what the layer takes on it and on others.")
 
@@ -43,8 +46,8 @@ def probe(json_file: Annotated[str, typer.Option("--json", help="file of the rec
     """Measures this machine in under a minute: instructions, caches, memory, pages, products; table and JSON."""
     console = Console(soft_wrap=True)
     check_writable(Path(json_file))
-    with console.status("probing") as status:
-        record = probed(lambda what: status.update(f"probing: {what}"))
+    with shown("probing", console) as progress:
+        record = probed(progress)
     write_json_lines(Path(json_file), [record])
     print_probe(record, console)
     console.print(f"the record is in [bold]{json_file}[/]")
@@ -79,6 +82,7 @@ def predict(
         str | None, typer.Option(help="file of `count`, for an install without the library that counts")
     ] = None,
     json_file: Annotated[str | None, typer.Option("--json", help="file for one JSON line a number of tokens")] = None,
+    refresh: Refresh = False,
 ):
     """What a layer takes on a machine, loop by loop, what each is bound by, and dense beside it."""
     from lookupffn.lab.hardware import counting, model
@@ -90,7 +94,7 @@ def predict(
     config = config_of(hidden_size, num_tables, code_bits, reads, block_size)
     if operations:
         counting.add_known(read_lines(operations))
-    m, records = machine_of(machine, console), []
+    m, records = machine_of(machine, console, refresh), []
     for n in tokens:
         found = model.predict(model.tuned(Case(config, dtype, n, threads, layers), m), m)
         table = Table(title=f"{n:,} token(s) a call, {threads} thread(s): ns a token on {m.name}", box=box.SIMPLE)
@@ -170,12 +174,12 @@ def validate(
     console = Console(soft_wrap=True)
     samples = run.sample_cases(cases, seed, torch.get_num_threads()), run.sample_steps(steps, seed)
     keep_freed_memory()
-    with console.status("validating") as status:
+    with shown("validating", console) as progress:
 
         def probe_once():
-            return probed(lambda what: status.update(f"probing: {what}"), passes=1)
+            return probed(lambda what: progress(f"probing {what}"), passes=1)
 
-        records = run.validate(*samples, probe_once, passes, seconds, status.update)
+        records = run.validate(*samples, probe_once, passes, seconds, progress)
     summaries = run.summaries(records)
     print_validation(records, summaries, console)
     write_json_lines(Path(json_file), [*records, *summaries])
@@ -295,6 +299,8 @@ def advise(
     machine: MachineOption = "here",
     dtype: Annotated[list[str], typer.Option(help="of tables: int8, bfloat16, float32; repeat for more")] = ["int8"],
     check: Annotated[bool, typer.Option(help="time the first of them here, beside every dense engine at hand")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="by sizes and caches alone, in seconds: no times")] = False,
+    refresh: Refresh = False,
 ):
     """Names tables, code bits, reads and type for a model's shape, a memory budget and a machine, with the times."""
     from lookupffn.bench.timing import keep_freed_memory
@@ -304,37 +310,25 @@ def advise(
     check_positive(hidden_size=hidden_size, intermediate_size=inner, layers=layers, memory=memory, fewer=fewer)
     check_positive(tokens=min(tokens), threads=threads)
     check_dtypes(dtype)
+    limits, counts = (hidden_size, inner, layers, memory * 2**20), {"tokens": tokens, "threads": threads}
     try:
-        advice.candidates(hidden_size, inner, layers, memory * 2**20, fewer, dtype)  # refused before minutes of probing
-        m = machine_of(machine, console)
-        found = advice.advise(
-            hidden_size, inner, layers, memory * 2**20, m, fewer=fewer, dtypes=dtype, tokens=tokens, threads=threads
-        )
+        advice.candidates(*limits, fewer, dtype)  # refused before minutes of probing
+        m = None if quick else machine_of(machine, console, refresh)
+        found = advice.advise(*limits, m, fewer=fewer, dtypes=dtype, **counts)
     except ValueError as error:
         raise InputError(str(error)) from None
-    table = Table(title=f"{layers} layers of width {hidden_size}, dense FFN {inner}, on {m.name}", box=box.SIMPLE)
-    for heading in ("tables", "bits", "reads", "type", "MiB", "dense / it", *(f"{n:,} tok." for n in tokens)):
-        table.add_column(heading, justify="left" if heading == "type" else "right")
-    for number, o in enumerate(found.options):
-        c = o.config
-        times = (f"{o.ns[n] / 1e3:.2f} ({found.dense[n][1] / o.ns[n]:.1f}x)" for n in tokens)
-        sizes = (str(c.num_tables), str(c.code_bits), str(c.reads), o.dtype, f"{o.memory_bytes / 2**20:,.0f}")
-        style = "bold" if number == 0 else None
-        table.add_row(*sizes, f"{found.dense_macs / o.macs:.1f}", *times, style=style)
-    table.add_row("dense", "", "", "", "", "", *(f"{ns / 1e3:.2f} {dtype}" for dtype, ns in found.dense.values()))
-    console.print(table)
-    console.print(
-        "Predicted µs a token and layer; (Nx): dense at its least possible time, which no engine reaches, over it. "
-        "First comes the fastest of the layers with about the most rows times reads within the limits: quality "
-        "followed these (docs/quality.md)."
-    )
-    if machine != "here" or not check:
+    print_advice(found, f"{layers} layers of width {hidden_size}, dense FFN {inner}", m, console)
+    if quick:
+        console.print("Without --quick: predicted times, and the first of these timed beside dense.")
+    if machine != "here" or not check or quick:
         console.print("Not measured for this shape; docs/hardware.md says how far predictions were off elsewhere.")
         return
-    first = found.options[0]
+    first, engines = found.options[0], advice.engines()
+    minutes = math.ceil(len(engines) * len(tokens) * advice.SECONDS_AN_ENGINE / 60)
     keep_freed_memory()
-    with console.status("timing the first beside dense"):
-        times = advice.measure(first, hidden_size, inner, layers, threads=threads)
+    what = f"timing the first beside {len(engines)} dense engines, about {minutes} min (--no-check leaves it out)"
+    with shown(what, console) as progress:
+        times = advice.measure(first, hidden_size, inner, layers, threads=threads, progress=progress)
     for n, measured in times.items():
         lookup, predicted = measured.pop("lookup"), first.ns[n]
         engine = min(measured, key=measured.get)

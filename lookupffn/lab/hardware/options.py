@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
-from lookupffn.errors import InputError
+from lookupffn import machine, native
+from lookupffn.errors import InputError, WriteError
+from lookupffn.files import atomic_write, cache_folder, make_folder
 from lookupffn.lab.hardware.case import PROJECTION_DTYPES
 from lookupffn.lab.hardware.model import Machine
 from lookupffn.layer import LookupConfig
 
 MachineOption = Annotated[
-    str, typer.Option(help="here: measured now; a file that probe wrote; or a described processor, see `machines`")
+    str,
+    typer.Option(help="here: probed, and the probe kept; a file that probe wrote; or a processor of `machines`"),
 ]
 HiddenSize = Annotated[int, typer.Option(help="width of the model, D = E")]
 IntermediateSize = Annotated[int | None, typer.Option(help="width inside the dense FFN [4 times the hidden size]")]
@@ -28,6 +34,9 @@ Dtype = Annotated[str, typer.Option(help="of the tables: int8, bfloat16 or float
 Layers = Annotated[int, typer.Option(help="layers of the model, which take turns in the caches")]
 Tokens = Annotated[list[int], typer.Option(help="tokens a call; repeat for more")]
 Threads = Annotated[int, typer.Option(help="threads")]
+Refresh = Annotated[bool, typer.Option("--refresh", help="probe this machine anew, though a probe is kept")]
+
+PROBE_SECONDS = 50  # two cores of 2024
 
 
 def check_positive(**values: float) -> None:
@@ -57,13 +66,12 @@ def cache_of(text: str) -> tuple[int, int]:
     return int(size) * 2**10, int(ways)
 
 
-def machine_of(name: str, console: Console) -> Machine:
-    """This machine probed, a described one, or one that was probed before."""
+def machine_of(name: str, console: Console, refresh: bool = False) -> Machine:
+    """This machine as it was probed here, or is now; a described one, or one that was probed before."""
     from lookupffn.lab.hardware.described import describe, descriptions
 
     if name == "here":
-        with console.status("probing") as status:
-            return Machine.from_probe(probed(lambda what: status.update(f"probing: {what}")))
+        return Machine.from_probe(kept_probe(console, refresh))
     known = descriptions()
     if name in known:
         return describe(known[name])
@@ -77,6 +85,42 @@ def machine_of(name: str, console: Console) -> Machine:
         return Machine.from_probe(record)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{name} is no record of `lookupffn hardware probe`: {error!r}") from None
+
+
+@contextlib.contextmanager
+def shown(what: str, console: Console) -> Iterator[Callable[[str], object]]:
+    """Says what takes long, and each part of it that the block names: a line that changes, or lines of a pipe."""
+    if console.is_terminal:
+        with console.status(what) as status:
+            yield lambda part: status.update(f"{what}: {part}")
+    else:
+        err = Console(stderr=True, soft_wrap=True)
+        err.print(what)
+        yield lambda part: err.print(f"  {part}")
+
+
+def kept_probe(console: Console, refresh: bool = False) -> dict:
+    """The record of this machine from the folder of caches, or probed and kept there; the console is told which.
+
+    It holds for the processor, the kernels, torch's threads and the versions of both.
+    """
+    file = cache_folder() / "probe.json"
+    key = [machine.cpu_name(), native.implementation(), torch.get_num_threads(), machine.versions()]
+    if not refresh:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["key"] == key:
+                console.print(f"this machine as it was probed on {kept['when']}, kept in {file}; --refresh probes anew")
+                return kept["record"]
+    with shown(f"probing this machine in three passes, about {PROBE_SECONDS} s where nothing else runs", console) as progress:
+        record = probed(progress)
+    when = datetime.datetime.now().isoformat(sep=" ", timespec="minutes")
+    try:
+        make_folder(file.parent)
+        atomic_write(file, json.dumps({"key": key, "when": when, "record": record}) + "\n")
+    except WriteError as error:
+        console.print(f"the probe is not kept: {error}")
+    return record
 
 
 def probed(progress: Callable[[str], object], **options) -> dict:

@@ -6,7 +6,45 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lookupffn import machine as this_machine
+from lookupffn.lab.hardware.advice import Advice, row_bytes
 from lookupffn.lab.hardware.counting import Count
+from lookupffn.lab.hardware.model import Machine
+
+
+def print_advice(advice: Advice, model: str, machine: Machine | None, console: Console) -> None:
+    """The options, with the times on a machine that were predicted, or with what decides them where none were."""
+    table = Table(title=f"{model}, on {machine.name if machine else this_machine.cpu_name()}", box=box.SIMPLE)
+    headings = [f"{n:,} tok." for n in advice.dense] or ["KiB of rows a token", "all tables fit"]
+    for heading in ("tables", "bits", "reads", "type", "MiB", "dense / it", *headings):
+        table.add_column(heading, justify="left" if heading == "type" else "right")
+    for number, o in enumerate(advice.options):
+        c = o.config
+        sizes = (str(c.num_tables), str(c.code_bits), str(c.reads), o.dtype, f"{o.memory_bytes / 2**20:,.0f}")
+        if machine:
+            last = [f"{o.ns[n] / 1e3:.2f} ({ns / o.ns[n]:.1f}x)" for n, (_, ns) in advice.dense.items()]
+        else:
+            last = [f"{row_bytes(o) / 2**10:,.0f}", _holder(o.memory_bytes)]
+        style = "bold" if number == 0 else None
+        table.add_row(*sizes, f"{advice.dense_macs / o.macs:.1f}", *last, style=style)
+    if machine:
+        table.add_row("dense", "", "", "", "", "", *(f"{ns / 1e3:.2f} {dtype}" for dtype, ns in advice.dense.values()))
+    console.print(table)
+    limits = "of the layers with about the most rows times reads within the limits: quality followed these"
+    if machine:
+        console.print(
+            "Predicted µs a token and layer; (Nx): dense at its least possible time, which no engine reaches, over it. "
+            f"First comes the fastest {limits} (docs/quality.md)."
+        )
+    else:
+        console.print(f"First comes the one that reads the fewest bytes a token {limits} (docs/quality.md).")
+
+
+def _holder(table_bytes: int) -> str:
+    """The first cache here that holds the tables."""
+    holding = (cache["level"] for cache in this_machine.caches() if cache["bytes"] >= table_bytes)
+    level = next(holding, None)
+    return f"L{level}" if level else "memory"
 
 
 def print_operations(count: Count, title: str, console: Console) -> None:

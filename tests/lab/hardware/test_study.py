@@ -9,11 +9,12 @@ import re
 import sys
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lookupffn import LookupFFN, native
 from lookupffn.__main__ import app, main
-from lookupffn.lab.hardware import advice, counting, study
+from lookupffn.lab.hardware import advice, counting, options, study
 from lookupffn.lab.hardware.case import Case
 from lookupffn.lab.hardware.described import FEATURES, describe, descriptions
 from lookupffn.lab.hardware.model import predict, tuned
@@ -215,6 +216,40 @@ def test_advise_for_a_described_machine_says_that_it_was_not_measured():
     result = CliRunner().invoke(app, ["advise", "--machine", "graviton4", "--hidden-size", "128", "--layers", "2"])
     assert result.exit_code == 0
     assert "Not measured for this shape" in " ".join(result.output.split())
+
+
+def test_quick_advice_probes_nothing_and_says_what_decides(monkeypatch):
+    monkeypatch.setattr("lookupffn.lab.hardware.options.probed", None)
+    result = CliRunner().invoke(app, ["advise", "--quick", "--hidden-size", "128", "--layers", "2"])
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.output.split())
+    assert "First comes the one that reads the fewest bytes a token" in words
+    assert "Not measured for this shape" in words
+    first, *others = advice.advise(128, 512, 2, 2**30, None).options
+    assert first.ns == {}
+    equals = [o for o in others if advice.capacity(o.config) >= advice.ABOUT * advice.capacity(others[0].config)]
+    assert all(advice.row_bytes(first) <= advice.row_bytes(other) for other in equals)
+
+
+def test_a_probe_is_kept_for_this_machine_until_another_is_asked_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LOOKUPFFN_CACHE", str(tmp_path / "cache"))
+    probes = []
+    monkeypatch.setattr(options, "probed", lambda progress: probes.append(progress("part")) or {"number": len(probes)})
+    console = Console(soft_wrap=True)
+    assert options.kept_probe(console) == {"number": 1}
+    told = capsys.readouterr()
+    assert "probing this machine in three passes, about" in told.err  # though it is no terminal
+    assert "part" in told.err
+    assert options.kept_probe(console) == {"number": 1}
+    assert "kept in" in capsys.readouterr().out
+    assert options.kept_probe(console, refresh=True) == {"number": 2}
+    monkeypatch.setattr(options.machine, "cpu_name", lambda: "another")
+    assert options.kept_probe(console) == {"number": 3}
+    (tmp_path / "cache" / "probe.json").write_text("{torn")
+    assert options.kept_probe(console) == {"number": 4}
+    monkeypatch.setenv("LOOKUPFFN_CACHE", "/proc/lookupffn")
+    assert options.kept_probe(console) == {"number": 5}
+    assert "the probe is not kept: /proc/lookupffn cannot be written" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_named(refused, tmp_path):
