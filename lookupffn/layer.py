@@ -149,7 +149,7 @@ class BH4(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype if x.dtype == torch.float64 else _autocast_dtype(x.device) or x.dtype
         flat = x.reshape(-1, self.in_features).to(dtype)
-        z = torch.ops.lookupffn.bh4(flat, self.weight.to(dtype), self.decay, self.out_features)
+        z = ops.call(torch.ops.lookupffn.bh4, flat, self.weight.to(dtype), self.decay, self.out_features)
         return z.reshape(*x.shape[:-1], self.out_features) + self.bias
 
     def extra_repr(self) -> str:
@@ -213,8 +213,8 @@ class LookupFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
-        codes, scores = torch.ops.lookupffn.hash_codes(self.project(x), c.reads)  # (B, T, N)
-        y = torch.ops.lookupffn.gather(self.tables, codes, scores) + self.bias  # (B, E)
+        codes, scores = ops.call(torch.ops.lookupffn.hash_codes, self.project(x), c.reads)  # (B, T, N)
+        y = ops.call(torch.ops.lookupffn.gather, self.tables, codes, scores) + self.bias  # (B, E)
         return y.to(x.dtype).reshape(*x.shape[:-1], c.out_features)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

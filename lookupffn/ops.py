@@ -12,11 +12,13 @@ multiplied into the blocks once a call (their gradient comes back through it) an
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from lookupffn import native
@@ -29,6 +31,25 @@ MAX_READS = 4  # buckets probed per table; more would need a search instead of t
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type in which codes and scores of data in ``dtype`` are computed."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def refuse_forward_mode(*inputs: object) -> None:
+    """Raises NotImplementedError where an input carries a forward-mode tangent (``torch.func.jvp``, ``jacfwd``).
+
+    The operators have no such derivative, and where no input requires a gradient torch would take it for zero.
+    """
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise NotImplementedError(
+            "lookup layers have no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors): use a backward pass"
+        )
+
+
+def call(operator: Callable, *inputs: Any) -> Any:
+    """What the operator gives for inputs that fit it, unchecked but for :func:`refuse_forward_mode`."""
+    refuse_forward_mode(*inputs)
+    return operator(*inputs)
 
 
 def _have_kernels() -> bool:
@@ -192,7 +213,7 @@ def bh4(x: Tensor, weight: Tensor, decay: float, out_features: int) -> Tensor:
             f"bh4: x {x.dtype} of width {x.shape[1]} and {out_features} outputs do not fit weight {weight.dtype} "
             f"{list(weight.shape)}, which takes up to {width} inputs and gives up to {weight.shape[0] * width}"
         )
-    return _bh4(x, weight, decay, out_features)
+    return call(_bh4, x, weight, decay, out_features)
 
 
 # ---- Hash ----------------------------------------------------------------------------------------------------------
@@ -296,7 +317,7 @@ def hash_codes(z: Tensor, reads: int = 1) -> tuple[Tensor, Tensor]:
         raise ValueError(f"hash_codes needs z (B, T, 1 to 16) in float32 or float64, not {list(z.shape)} {z.dtype}")
     if not 1 <= reads <= min(MAX_READS, 2 ** z.shape[-1]):
         raise ValueError(f"reads must be 1 to {min(MAX_READS, 2 ** z.shape[-1])} with {z.shape[-1]} bits, not {reads}")
-    return _hash_codes(z, reads)
+    return call(_hash_codes, z, reads)
 
 
 # ---- Gather --------------------------------------------------------------------------------------------------------
@@ -375,6 +396,7 @@ def gather(tables: Tensor, codes: Tensor, scores: Tensor) -> Tensor:
         ValueError: shapes or dtypes do not fit each other.
         IndexError: a code lies outside ``[0, K)``.
     """
+    refuse_forward_mode(tables, scores)
     if tables.dim() != 3 or codes.dim() != 3 or codes.shape != scores.shape or codes.shape[1] != tables.shape[0]:
         raise ValueError(
             f"gather needs tables (T, K, E), codes and scores (B, T, N), not {list(tables.shape)}, "

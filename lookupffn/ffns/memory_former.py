@@ -35,7 +35,7 @@ class MemoryLayer(nn.Module):
         powers = 2 ** torch.arange(self.code_bits - 1, -1, -1, dtype=torch.int32, device=z.device)
         codes = ((z > 0) * powers).sum(-1, dtype=torch.int32)
         p = F.logsigmoid(2 * z.abs()).sum(-1).exp()
-        return torch.ops.lookupffn.gather(self.tables, codes[..., None], p[..., None]) + self.bias
+        return ops.call(torch.ops.lookupffn.gather, self.tables, codes[..., None], p[..., None]) + self.bias
 
 
 class MemoryFormerFFN(nn.Module):

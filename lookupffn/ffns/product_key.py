@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookupffn import ops  # noqa: F401 - registers torch.ops.lookupffn.gather
+from lookupffn import ops
 from lookupffn.errors import check
 from lookupffn.ffns.block_diagonal import block_product
 
@@ -81,7 +81,7 @@ class ProductKeyFFN(nn.Module):
         scores, pair = pairs.flatten(-2).topk(k)  # (heads, B, k)
         rows = n * subkeys[:, 0].gather(-1, pair // k) + subkeys[:, 1].gather(-1, pair % k)
         rows, weights = (t.transpose(0, 1).flatten(1) for t in (rows, scores.softmax(-1)))  # (B, heads k)
-        y = torch.ops.lookupffn.gather(self.values[None], rows.int()[:, None], weights[:, None])
+        y = ops.call(torch.ops.lookupffn.gather, self.values[None], rows.int()[:, None], weights[:, None])
         return y.reshape(x.shape)
 
     def _normed(self, query: Tensor) -> Tensor:

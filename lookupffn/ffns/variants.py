@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lookupffn import ops
 from lookupffn.errors import check
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.layer import BH4, LookupConfig, LookupFFN
@@ -102,14 +103,14 @@ class LookupVariantFFN(LookupFFN):
             z = (z - z.roll(-1, -1)) * 0.5**0.5
         if self.log_temperature is not None:
             z = z * self.log_temperature.exp()[:, None]
-        codes, scores = torch.ops.lookupffn.hash_codes(z, c.reads)  # (B, T, N)
+        codes, scores = ops.call(torch.ops.lookupffn.hash_codes, z, c.reads)  # (B, T, N)
         if self.scale is not None:
             scores = scores * self.scale[:, None]
         if self.offset is not None:
             scores = scores + self.offset[:, None]
         if self.training and self.table_dropout:
             scores = scores * F.dropout(scores.new_ones(*scores.shape[:2], 1), self.table_dropout)
-        y = torch.ops.lookupffn.gather(self._all_tables(), codes, scores) + self.bias
+        y = ops.call(torch.ops.lookupffn.gather, self._all_tables(), codes, scores) + self.bias
         y = y.to(x.dtype).reshape(*x.shape[:-1], c.out_features)
         if self.row_output is not None:
             y = self.row_output(y)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lookupffn import native, ops
 from lookupffn.errors import PackedError, check
@@ -135,6 +136,8 @@ class PackedLookupFFN(nn.Module):
         if not x.dim() or x.shape[-1] != self.config.in_features:
             width = self.config.in_features
             raise ValueError(f"the last dimension of x must be in_features = {width}; x is {list(x.shape)}")
+        if forward_ad._current_level >= 0:
+            ops.refuse_forward_mode(x)
         grad = x.requires_grad and torch.is_grad_enabled()
         rows = x if x.dtype in NATIVE_DTYPES and not grad else self._rows(x)
         if _HAVE_KERNELS:

@@ -112,7 +112,8 @@ def kept_probe(console: Console, refresh: bool = False) -> dict:
             if kept["key"] == key:
                 console.print(f"this machine as it was probed on {kept['when']}, kept in {file}; --refresh probes anew")
                 return kept["record"]
-    with shown(f"probing this machine in three passes, about {PROBE_SECONDS} s where nothing else runs", console) as progress:
+    what = f"probing this machine in three passes, about {PROBE_SECONDS} s where nothing else runs"
+    with shown(what, console) as progress:
         record = probed(progress)
     when = datetime.datetime.now().isoformat(sep=" ", timespec="minutes")
     try:
