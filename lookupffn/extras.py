@@ -11,6 +11,7 @@ PACKAGES = {
     "hf": ("transformers",),
     "train": ("typer", "rich", "yaml", "transformers", "accelerate", "datasets", "pyarrow", "tokenizers", "filelock",
               "tqdm", "tensorboard", "sklearn", "scipy"),
+    "onnx": ("onnx", "onnxscript"),
     "bench": ("typer", "rich", "yaml", "matplotlib"),
 }  # fmt: skip
 PACKAGES["lab"] = (*PACKAGES["train"], "matplotlib", "jinja2", "markupsafe")

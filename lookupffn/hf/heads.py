@@ -30,7 +30,7 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
         return hidden[:, 0] if pooling == "cls" else hidden.mean(1)
     if pooling == "cls":
         first = attention_mask.int().argmax(1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), first]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
     weights = attention_mask.to(hidden.dtype)
     return torch.einsum("bsd,bs->bd", hidden, weights) / weights.sum(1, keepdim=True).clamp(min=1)
 
