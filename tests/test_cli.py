@@ -1,6 +1,7 @@
 """The command line as it is typed."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from lookupffn import LookupConfig, LookupFFN, __version__, extras, native, pack
 from lookupffn.__main__ import app, main
 from lookupffn.bench.engines import DENSE_ENGINES
 from lookupffn.runtime import tuning
-from lookupffn.train.commands import _assignment, read_config
+from lookupffn.train.commands import _assignment, quiet, read_config
 from lookupffn.train.config import PretrainConfig
 
 
@@ -315,3 +316,9 @@ def test_tune_without_the_kernels_says_why_there_are_none(run, monkeypatch):
     status, error = run("tune")
     assert status == 2
     assert "no loops to tune: a test asks to do without" in error
+
+
+def test_training_is_not_preceded_by_warnings_of_other_packages():
+    quiet()
+    for name in ("torchao", "torch.utils._pytree"):
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)

@@ -1,6 +1,9 @@
 """Packed models by save_pretrained and from_pretrained: one folder, the same bits, or it is refused."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +178,32 @@ def test_a_packed_model_in_a_sentence_transformer_is_saved_and_loaded(tmp_path):
     trained = st.SentenceTransformer(str(tmp_path / "whole"), device="cpu")
     with pytest.raises(ValueError, match="holds no LookupFFN layer"):
         pack(trained)
+
+
+def test_a_forked_child_of_a_server_answers_on_one_thread():
+    """docs/use.md: after a call on several threads torch's own products would wait for ever, unless told of one."""
+    code = """
+import os, sys, time, torch
+sys.path.insert(0, sys.argv[1])
+from test_roberta import ids, tiny
+from lookupffn import pack
+from lookupffn.hf import LookupRobertaModel
+torch.set_num_threads(2)
+model, x = pack(LookupRobertaModel(tiny())).eval(), ids(64, 128)
+with torch.inference_mode():
+    expected = model(x).last_hidden_state
+    pid = os.fork()
+    if not pid:
+        torch.set_num_threads(1)
+        close = torch.allclose(model(x).last_hidden_state, expected, atol=1e-4)
+        os._exit(0 if close else 1)
+    for _ in range(200):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            sys.exit(os.waitstatus_to_exitcode(status))
+        time.sleep(0.05)
+    os.kill(pid, 9)
+    sys.exit(2)
+"""
+    folder = str(Path(__file__).parent)
+    assert subprocess.run([sys.executable, "-c", code, folder], timeout=120).returncode == 0
