@@ -5,7 +5,9 @@ from lookupffn.errors import InputError, PackedError
 from lookupffn.layer import BH4, LookupConfig, LookupFFN
 from lookupffn.machine import respect_cpu_quota
 from lookupffn.ops import bh4, gather, hash_codes
+from lookupffn.runtime.export import export
 from lookupffn.runtime.packed import PackedLookupFFN, load_packed, pack, save_packed
+from lookupffn.runtime.session import Session
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "LookupFFN",
     "PackedError",
     "PackedLookupFFN",
+    "Session",
     "__version__",
     "bh4",
+    "export",
     "gather",
     "hash_codes",
     "load_packed",

@@ -41,13 +41,15 @@ inline std::atomic<bool> forked{false};
 inline const int fork_is_watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-inline void run_on_torch(int tasks, void (*task)(void*, int), void* context) {
+inline void run_on_torch(void*, int tasks, void (*task)(void*, int), void* context) {
   torch::stable::parallel_for(0, tasks, 1, [task, context](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) task(context, int(i));
   });
 }
 
-inline ThreadPool torch_threads() { return {forked ? 1 : int(torch::stable::get_num_threads()), run_on_torch}; }
+inline ThreadPool torch_threads() {
+  return {forked ? 1 : int(torch::stable::get_num_threads()), run_on_torch, nullptr};
+}
 
 // Memory for one call. A thread keeps a small one for its next call: the system would map its pages anew each time,
 // which costs a call of a few tokens more than its products. A large one is given back at once.

@@ -9,6 +9,7 @@ namespace lookupffn {
 struct Implementation {
   const InferenceKernels* inference;
   const TrainingKernels* training;
+  const EncoderKernels* encoder;
 };
 
 // Of one of isas(), by its place: implementation(isa_index()) is the one in use.

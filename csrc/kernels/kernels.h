@@ -159,6 +159,105 @@ struct InferenceKernels {
   void (*gather)(const GatherArgs&);
 };
 
+// ---- Encoders -------------------------------------------------------------------------------------------------------
+// Rows are float32, padded to whole vectors with zeros. What a call takes of them is said in tokens and floats.
+
+enum class Activation : int32_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4 };
+
+// A few inputs of a token, tens of times as large as the others, would take the integers of all: they are quantised as
+// 0, and finish_rows adds their products.
+constexpr int kOutliers = 4;
+constexpr float kOutlierRatio = 1.25f;  // of the largest input to the largest of the others, from which on it pays
+struct Outliers {
+  int32_t count;  // 0 or kOutliers
+  int32_t index[kOutliers];
+  float value[kOutliers];
+};
+
+struct QuantiseRowsArgs {
+  float* x;  // as it was, when all is done
+  size_t x_stride;
+  int tokens, width;
+  uint8_t* quantised;  // q + 128, q from -127 to 127, rows q_bytes apart
+  size_t q_bytes;
+  float* scales;       // [tokens] of the integers
+  Outliers* outliers;  // [tokens]
+};
+
+struct FinishRowsArgs {  // y = activation(scale * sums + outliers' products + bias) + residual; y may be sums
+  const float* sums;
+  size_t sums_stride;
+  int tokens, width;
+  const float* scales;          // [tokens], or null for 1 and no outliers
+  const Outliers* outliers;     // [tokens]
+  const BlockWeights* weights;  // of int8, with outliers
+  const float* bias;
+  Activation activation;
+  const float* residual;  // or null
+  size_t residual_stride;
+  float* y;
+  size_t y_stride;
+};
+
+struct NormRowsArgs {  // y = (x - mean) / sqrt(variance + epsilon) * weight + bias, or without the mean; y may be x
+  const float* x;
+  size_t x_stride;
+  int tokens, width, padded;
+  bool rms;
+  float epsilon;
+  const float *weight, *bias;
+  float* y;
+  size_t y_stride;
+};
+
+struct PackHeadArgs {  // of a sequence: keys as (head_dim, keys), values as (keys, head_dim)
+  const float *k, *v;
+  int64_t stride;
+  int keys, head_dim;
+  float* keys_out;
+  size_t keys_stride;  // a multiple of 16
+  float* values_out;
+};
+
+struct AttendArgs {
+  const float* q;  // of the sequence's first token, rows `stride` apart
+  int64_t stride;
+  int64_t begin, end;  // queries
+  const float *k, *v;  // of pack_head
+  size_t keys_stride;
+  int keys, head_dim;
+  bool causal;
+  float* scores;  // [kMaxQueryTile][keys_stride]
+  float* y;       // of the sequence's first token
+  int64_t y_stride;
+};
+constexpr int kMaxQueryTile = 8;
+
+struct AddRowsArgs {
+  const float* rows[4];
+  int count, padded;
+  float* y;
+};
+
+struct PoolRowsArgs {  // the mean of some rows, divided by its length with `normalise`
+  const float* x;
+  int64_t stride, tokens;
+  int padded;
+  bool normalise;
+  float* y;
+};
+
+struct EncoderKernels {
+  void (*multiply_f32)(const MultiplyArgs&);
+  void (*quantise_rows)(const QuantiseRowsArgs&);
+  void (*finish_rows)(const FinishRowsArgs&);
+  void (*norm_rows)(const NormRowsArgs&);
+  void (*pack_head)(const PackHeadArgs&);
+  void (*attend)(const AttendArgs&);
+  void (*add_rows)(const AddRowsArgs&);
+  void (*pool_rows)(const PoolRowsArgs&);
+};
+
 // ---- Training
 // -------------------------------------------------------------------------------------------------------- Codes and
 // scores are int32 and float32, [token][table][read].

@@ -1,4 +1,4 @@
-// All loops of the kernels, written once over the 16-lane shim that was included before this file, and their two
+// All loops of the kernels, written once over the 16-lane shim that was included before this file, and their
 // tables.
 //
 // In the integer paths (int8 and int16 weights, int8 tables) every rounding is written out and sums are exact, so codes
@@ -11,6 +11,7 @@
 #include "kernels/project-inl.h"
 #include "kernels/hash-inl.h"
 #include "kernels/gather-inl.h"
+#include "kernels/encoder-inl.h"
 #include "kernels/training-inl.h"
 
 static const InferenceKernels kInference = {
@@ -20,6 +21,17 @@ static const InferenceKernels kInference = {
     .prefetch_rows = prefetch_rows,
     .quantise_scores = quantise_scores,
     .gather = gather,
+};
+
+static const EncoderKernels kEncoder = {
+    .multiply_f32 = multiply_f32,
+    .quantise_rows = quantise_rows,
+    .finish_rows = finish_rows,
+    .norm_rows = norm_rows,
+    .pack_head = pack_head,
+    .attend = attend,
+    .add_rows = add_rows,
+    .pool_rows = pool_rows,
 };
 
 static const TrainingKernels kTraining = {
@@ -38,6 +50,8 @@ static const TrainingKernels kTraining = {
 #define LOOKUPFFN_EXPORT(isa)                                       \
   namespace lookupffn {                                             \
   namespace exported {                                              \
+  extern const EncoderKernels* const encoder_##isa;                 \
+  const EncoderKernels* const encoder_##isa = &isa::kEncoder;       \
   extern const InferenceKernels* const inference_##isa;             \
   extern const TrainingKernels* const training_##isa;               \
   const InferenceKernels* const inference_##isa = &isa::kInference; \

@@ -1,5 +1,10 @@
 // Functions of whole vectors that are no single instruction.
 
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
 // exp(-2 m) for m >= 0, within 3 ulp and the rounding of 2 m / ln 2, and at least 2^-126; multiply and add apart, so
 // that it is the same bits everywhere.
 LOOKUPFFN_INLINE f32x16 exp_minus_2(f32x16 m) {

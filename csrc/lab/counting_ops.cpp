@@ -89,7 +89,7 @@ std::string json(const char* name, const Lines& lines) {
 }
 
 // A pool of any number of threads, of which the calling one does the work.
-void in_turn(int tasks, void (*task)(void* context, int index), void* context) {
+void in_turn(void*, int tasks, void (*task)(void* context, int index), void* context) {
   for (int i = 0; i < tasks; i++) task(context, i);
 }
 
@@ -168,7 +168,7 @@ std::string count_operations(const Tensor& packed, int64_t tokens, const Tensor&
   if (l.h.table_type != TableType::kInt8) from_memory.insert("gather.rows");
   std::string text = counted(from_memory, "LINES", [&] {
     run(kernels, l, p, {const_cast<float*>(x.data()), l.h.in_features, false}, {y.data(), l.h.out_features, false},
-        workspace.get(), {p.threads, in_turn});
+        workspace.get(), {p.threads, in_turn, nullptr});
   });
   for (float value : y) check(std::isfinite(value), "an output is not finite");
   const std::string lines = ", \"lines\": {" + json("weights", weight_lines) + ", " + json("rows", row_lines) +
@@ -189,7 +189,7 @@ std::string count_training(int64_t num_tables, int64_t code_bits, int64_t reads,
   std::vector<float> scores(count * reads), grad_scores(scores.size()), grad_z(z.size()), y(grad.size());
   std::vector<float> grad_tables(weights.size());
   std::vector<int32_t> codes(scores.size());
-  const ThreadPool one = {1, nullptr};
+  const ThreadPool one = {1, nullptr, nullptr};
   const Tables tables = {const_cast<float*>(weights.data()), num_tables, rows, width, false};
   const Reads read = {codes.data(), scores.data(), tokens, int(reads)};
   const Workspace workspace(

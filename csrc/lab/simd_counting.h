@@ -92,6 +92,7 @@ struct bytes64 { plain::bytes64 v; };
 struct mask16 { plain::mask16 v; };
 
 constexpr int kTileTokens = 6, kTilePanels = 4;  // as in simd/avx512.h
+constexpr int kQueryTile = 4, kKeyVectors = 4;
 constexpr int kActivationOffset = plain::kActivationOffset, kIndependent = plain::kIndependent;
 
 inline f32x16 zero_f32() { return {plain::zero_f32()}; }
@@ -158,6 +159,7 @@ inline void store_bf16(uint16_t* p, f32x16 a) {
   plain::store_bf16(p, a.v);
 }
 
+inline i32x16 byte_of(bytes64 a, int i) { return count(kVector, 2), i32x16{plain::byte_of(a.v, i)}; }
 inline bytes64 load_bytes(const void* p) { return count(kLoad), count_line(p), bytes64{plain::load_bytes(p)}; }
 inline f32x16 low_bf16(bytes64 a) { return count(kVector), f32x16{plain::low_bf16(a.v)}; }
 inline f32x16 high_bf16(bytes64 a) { return count(kVector), f32x16{plain::high_bf16(a.v)}; }

@@ -4,11 +4,8 @@
 #include <chrono>
 #include <numeric>
 
+#include "ops/float_state.h"
 #include "ops/workspace.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace lookupffn {
 namespace {
@@ -18,36 +15,6 @@ constexpr int64_t kChunk = 2048;  // tokens
 constexpr size_t kEarlyBytes = 1 << 19;
 // Of rows that are prefetched at once: more came later than in turns.
 constexpr size_t kInFlightBytes = 1 << 16;
-
-// Round to nearest and flush denormals inside; the caller's control and status flags are put back as they were found.
-class FloatState {
- public:
-#if defined(__SSE2__)
-  FloatState() : saved_(_mm_getcsr()) { _mm_setcsr(0x9fc0); }
-  ~FloatState() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#elif defined(__aarch64__)
-  FloatState() {
-    __asm__ volatile("mrs %0, fpcr\n mrs %1, fpsr" : "=r"(control_), "=r"(status_));
-    __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t(1) << 24));
-  }
-  ~FloatState() { __asm__ volatile("msr fpcr, %0\n msr fpsr, %1" : : "r"(control_), "r"(status_)); }
-
- private:
-  uint64_t control_, status_;
-#endif
-};
-
-// share_out, with FloatState in every thread that takes part.
-template <typename Body>
-void share_out_flushing(const ThreadPool& pool, int threads, int64_t units, const Body& body) {
-  share_out(pool, threads, units, [&body](int thread, int64_t first, int64_t last) {
-    FloatState state;
-    body(thread, first, last);
-  });
-}
 
 // ---- Workspace ------------------------------------------------------------------------------------------------------
 
@@ -315,7 +282,7 @@ void run(const InferenceKernels& k, const Layer& l, const Plan& plan, Rows x, Ro
 
 StageSeconds run_timed(const InferenceKernels& k, const Layer& l, const Plan& plan, Rows x, Rows y, void* workspace) {
   StageClock clock;
-  run_all(k, l, plan, x, y, workspace, {1, nullptr}, clock);
+  run_all(k, l, plan, x, y, workspace, {1, nullptr, nullptr}, clock);
   return {clock.seconds[kProject], clock.seconds[kHash], clock.seconds[kGather]};
 }
 

@@ -6,10 +6,11 @@
 
 namespace lookupffn {
 
-// run() calls task(context, i) for every i < tasks, in any order, on as many threads as it likes.
+// run(host, ...) calls task(context, i) for every i < tasks, in any order, on as many threads as it likes.
 struct ThreadPool {
   int threads;
-  void (*run)(int tasks, void (*task)(void* context, int index), void* context);
+  void (*run)(void* host, int tasks, void (*task)(void* context, int index), void* context);
+  void* host;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -19,7 +20,7 @@ template <typename Body>
 void run_tasks(const ThreadPool& pool, int tasks, const Body& body) {
   if (tasks == 1) return body(0);
   const auto task = [](void* context, int i) { (*static_cast<const Body*>(context))(i); };
-  pool.run(tasks, task, const_cast<Body*>(&body));
+  pool.run(pool.host, tasks, task, const_cast<Body*>(&body));
 }
 
 // body(i, begin, end) for parts of [0, units), the i-th of which is thread i's; at most `threads` of them.

@@ -12,6 +12,7 @@ constexpr int kTileTokens = 4;  // 4 x 1 sums of two registers each, 2 of weight
 constexpr int kTilePanels = 1;
 constexpr int kActivationOffset = 128;
 constexpr int kIndependent = 5;  // values that fit the registers, enough to hide an instruction's latency
+constexpr int kQueryTile = 2, kKeyVectors = 2;  // of attention: queries x 16 keys whose scores stay in registers
 
 LOOKUPFFN_INLINE f32x16 zero_f32() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 LOOKUPFFN_INLINE f32x16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -134,6 +135,10 @@ LOOKUPFFN_INLINE f32x16 low_bf16(bytes64 x) {
 LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 x) {
   const __m256i high = _mm256_set1_epi32((int)0xffff0000);
   return {_mm256_castsi256_ps(_mm256_and_si256(x.a, high)), _mm256_castsi256_ps(_mm256_and_si256(x.b, high))};
+}
+LOOKUPFFN_INLINE i32x16 byte_of(bytes64 a, int index) {
+  const __m128i left = _mm_cvtsi32_si128(24 - 8 * index);
+  return {_mm256_srai_epi32(_mm256_sll_epi32(a.a, left), 24), _mm256_srai_epi32(_mm256_sll_epi32(a.b, left), 24)};
 }
 LOOKUPFFN_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 LOOKUPFFN_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }

@@ -12,6 +12,7 @@ constexpr int kTileTokens = 6;  // 6 x 4 accumulators, 4 weights and 1 activatio
 constexpr int kTilePanels = 4;
 constexpr int kActivationOffset = 128;
 constexpr int kIndependent = 16;  // values that fit the registers, enough to hide an instruction's latency
+constexpr int kQueryTile = 4, kKeyVectors = 4;  // of attention: queries x 16 keys whose scores stay in registers
 
 LOOKUPFFN_INLINE f32x16 zero_f32() { return {_mm512_setzero_ps()}; }
 LOOKUPFFN_INLINE f32x16 set1(float a) { return {_mm512_set1_ps(a)}; }
@@ -82,6 +83,9 @@ LOOKUPFFN_INLINE bytes64 load_bytes(const void* p) { return {_mm512_loadu_si512(
 LOOKUPFFN_INLINE f32x16 low_bf16(bytes64 a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
 LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32((int)0xffff0000)))};
+}
+LOOKUPFFN_INLINE i32x16 byte_of(bytes64 a, int index) {
+  return {_mm512_srai_epi32(_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(24 - 8 * index)), 24)};
 }
 LOOKUPFFN_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 LOOKUPFFN_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }

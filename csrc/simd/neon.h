@@ -16,6 +16,7 @@ constexpr int kTileTokens = 4;  // 4 x 1 sums of four registers each, 4 of weigh
 constexpr int kTilePanels = 1;
 constexpr int kActivationOffset = 0;  // dot4_u8i8 takes its 128 off first: NEON multiplies signed by signed
 constexpr int kIndependent = 4;       // values that fit the registers, enough to hide an instruction's latency
+constexpr int kQueryTile = 2, kKeyVectors = 2;  // of attention: queries x 16 keys whose scores stay in registers
 
 LOOKUPFFN_INLINE f32x16 set1(float s) {
   const float32x4_t v = vdupq_n_f32(s);
@@ -124,6 +125,14 @@ LOOKUPFFN_INLINE f32x16 low_bf16(bytes64 x) { return float_of(shift_16(as_i32(x)
 LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 words) {
   const i32x16 x = as_i32(words), y = set1((int32_t)0xffff0000);
   return float_of(LOOKUPFFN_2(vandq_s32));
+}
+LOOKUPFFN_INLINE int32x4_t byte_of_quarter(uint8x16_t a, int32x4_t left) {
+  return vshrq_n_s32(vshlq_s32(vreinterpretq_s32_u8(a), left), 24);
+}
+LOOKUPFFN_INLINE i32x16 byte_of(bytes64 a, int index) {
+  const int32x4_t left = vdupq_n_s32(24 - 8 * index);
+  return {byte_of_quarter(a.a, left), byte_of_quarter(a.b, left), byte_of_quarter(a.c, left),
+          byte_of_quarter(a.d, left)};
 }
 LOOKUPFFN_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 LOOKUPFFN_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }

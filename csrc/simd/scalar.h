@@ -27,6 +27,7 @@ struct mask16 { Ints v; };  // -1 where true
 constexpr int kTileTokens = 2, kTilePanels = 1;
 constexpr int kActivationOffset = 128;  // dot4_u8i8 takes activations as q + 128; this much of it is left in its result
 constexpr int kIndependent = 4;         // values that fit the registers, enough to hide an instruction's latency
+constexpr int kQueryTile = 1, kKeyVectors = 1;  // of attention: queries x 16 keys whose scores stay in registers
 
 // From and to any address.
 template <typename V>
@@ -108,6 +109,8 @@ LOOKUPFFN_INLINE bytes64 load_bytes(const void* p) { return {read<Words>(p)}; }
 // 32 bf16 numbers as 16 even and 16 odd ones.
 LOOKUPFFN_INLINE f32x16 low_bf16(bytes64 a) { return {(Floats)(a.v << 16)}; }
 LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 a) { return {(Floats)(a.v & 0xffff0000u)}; }
+// Byte `index` of each word, with its sign.
+LOOKUPFFN_INLINE i32x16 byte_of(bytes64 a, int index) { return {(Ints)(a.v << (24 - 8 * index)) >> 24}; }
 LOOKUPFFN_INLINE void prefetch(const void*) {}
 LOOKUPFFN_INLINE void prefetch_l2(const void*) {}
 

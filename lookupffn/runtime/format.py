@@ -75,7 +75,7 @@ def layout(config: LookupConfig, tables: str, projection: str) -> dict:
     if c.projection == "none":
         projection = "float32"
     elif c.projection == "dense" or c.padded_features < LANES:  # one stage of one block
-        stages, block_in, block_out = 1, _round_up(c.in_features, LANES), _round_up(c.code_features, 64)
+        stages, block_in, block_out = 1, round_up(c.in_features, LANES), round_up(c.code_features, 64)
     else:
         block_in = block_out = max(c.block_size, LANES)
         stages, repeats, blocks = STAGES, c.repeats, c.padded_features // block_in
@@ -90,18 +90,18 @@ def layout(config: LookupConfig, tables: str, projection: str) -> dict:
     }  # fmt: skip
     h["section_shape"] = _section_shapes(h)
     h["section_bytes"] = _section_bytes(h)
-    h["offset"], position = {}, _round_up(HEADER.itemsize, 64)
+    h["offset"], position = {}, round_up(HEADER.itemsize, 64)
     for name in SECTIONS:
         h["offset"][name] = position
-        position += _round_up(h["section_bytes"].get(name, 0), 64)
+        position += round_up(h["section_bytes"].get(name, 0), 64)
     return h | {"magic": MAGIC, "version": FORMAT_VERSION, "total_bytes": position}
 
 
-def _round_up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _flush(t: Tensor) -> Tensor:
+def flush(t: Tensor) -> Tensor:
     """Float32 without denormals: they would cost some processors a hundred cycles each."""
     t = t.float()
     return t.where(t.abs() >= SMALLEST_NORMAL, 0.0)
@@ -127,16 +127,16 @@ def _projection(layer: LookupFFN, h: dict) -> dict[str, Tensor]:
     bias = layer.projection.bias.float()
     sections = {"code_bias": F.pad(bias, (0, h["repeats"] * h["blocks"] * h["block_out"] - c.code_features))}
     if kind == "float32":
-        values = _flush(blocks)
+        values = flush(blocks)
     else:
-        values, sections["weight_scales"], sections["levels"] = _quantised_weights(blocks, kind)
+        values, sections["weight_scales"], sections["levels"] = quantised_weights(blocks, kind)
         if kind == "int8":
             sections["weight_offsets"] = values.sum(-1, dtype=torch.int32) * -128  # activations come as q + 128
-    sections["weights"] = _panels(values)
+    sections["weights"] = panels(values)
     return sections
 
 
-def _panels(values: Tensor) -> Tensor:
+def panels(values: Tensor) -> Tensor:
     """``(R, stages, n, block_out, block_in)`` as words: four bytes of inputs for 16 outputs each, four panels in turn.
 
     To ``(R, stages, n, groups, words, panels of a group, 16, inputs a word)``.
@@ -157,7 +157,7 @@ def _folded_blocks(weight: Tensor) -> Tensor:
     return hadamard_matrix(b, dtype=weight.dtype) @ merged.reshape(repeats, stages, n, b, b) / n**0.5
 
 
-def _quantised_weights(blocks: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+def quantised_weights(blocks: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """Integer weights, the scale of each output (R, stages, n, block_out), the activation levels (R, stages).
 
     With 16 bits the sum of a block's products must stay below 2**31: weights and activations share what is left.
@@ -168,7 +168,7 @@ def _quantised_weights(blocks: Tensor, kind: str) -> tuple[Tensor, Tensor, Tenso
         ratio = (blocks.abs().sum(-1, keepdim=True) / largest).nan_to_num(1.0).max().clamp(min=1.0).item()
         most = float(min(32767, int((2**31 / (2 * ratio)) ** 0.5)))
     # Scales are rounded to float32 first, so that the integers fit the numbers that the kernels multiply by.
-    scales = _flush(largest / most)
+    scales = flush(largest / most)
     values = (blocks / scales.double()).nan_to_num(0.0, 0.0, 0.0).round_()
     levels = torch.full(blocks.shape[:2], 127.0)
     if kind == "int16":
@@ -185,9 +185,9 @@ def _tables(layer: LookupFFN, h: dict) -> dict[str, Tensor]:
     slices = -(-c.out_features // width)
     pad = slices * width - c.out_features
     sections = {"bias": F.pad(layer.bias.float(), (0, pad))}
-    tables = _flush(layer.tables)
+    tables = flush(layer.tables)
     if h["table_dtype"] == "int8":
-        scales = _flush(tables.abs().amax((1, 2)) / 127)
+        scales = flush(tables.abs().amax((1, 2)) / 127)
         tables = (tables / scales[:, None, None]).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
         sections["table_scales"] = F.pad(scales, (0, -c.num_tables % LANES))
         if h["table_rows"] == 2 * c.num_rows:
@@ -201,7 +201,7 @@ def _tables(layer: LookupFFN, h: dict) -> dict[str, Tensor]:
 
 def slice_width(out_features: int) -> int:
     """Outputs of a slice: 128, two cache lines of an int8 row, or 64 where 128 would pad by a sixth and more."""
-    return 128 if _round_up(out_features, 128) * 6 < out_features * 7 else 64
+    return 128 if round_up(out_features, 128) * 6 < out_features * 7 else 64
 
 
 def _interleave(rows: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def read_header(packed: Tensor) -> dict:
     h["offset"] = dict(zip(SECTIONS, header["offset"].tolist(), strict=True))
     h["section_shape"] = _section_shapes(h)
     h["section_bytes"] = _section_bytes(h)
-    position = _round_up(HEADER.itemsize, 64)
+    position = round_up(HEADER.itemsize, 64)
     for name in SECTIONS:
         start, size = h["offset"][name], h["section_bytes"].get(name, 0)
         if start != position or position + size > packed.numel():
@@ -284,7 +284,7 @@ def read_header(packed: Tensor) -> dict:
                 f"its section {name}, {size} bytes from byte {start}, should begin at {position} and end within its "
                 f"{packed.numel()} bytes"
             )
-        position += _round_up(size, 64)
+        position += round_up(size, 64)
     if position != packed.numel():
         raise PackedError(f"its sections end at byte {position}, but it has {packed.numel()}")
     if "levels" in h["section_bytes"]:
@@ -350,7 +350,7 @@ def _section_shapes(h: dict) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         if h["weight_dtype"] == "int8":
             shapes["weight_offsets"] = (torch.int32, outputs)
     if h["table_dtype"] == "int8":
-        shapes["table_scales"] = (torch.float32, (_round_up(h["num_tables"], LANES),))
+        shapes["table_scales"] = (torch.float32, (round_up(h["num_tables"], LANES),))
     return shapes
 
 

@@ -174,7 +174,7 @@ class FloatMode {  // the engine's is kFlushing
 std::atomic<bool> state_changed{false};
 
 // As many threads as there are tasks, with a floating-point state of their own.
-void run_on_threads(int tasks, void (*task)(void*, int), void* context) {
+void run_on_threads(void*, int tasks, void (*task)(void*, int), void* context) {
   std::vector<std::thread> threads;
   for (int i = 0; i < tasks; i++)
     threads.emplace_back([=] {
@@ -185,7 +185,7 @@ void run_on_threads(int tasks, void (*task)(void*, int), void* context) {
   for (std::thread& thread : threads) thread.join();
 }
 
-ThreadPool threads_of(int count) { return {count, run_on_threads}; }
+ThreadPool threads_of(int count) { return {count, run_on_threads, nullptr}; }
 
 struct Kernels : InferenceKernels { const char* name; };
 

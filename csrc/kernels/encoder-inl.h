@@ -1,0 +1,312 @@
+// What an encoder has beside products and lookups: quantisation of a product's input, its epilogue, norms, activations,
+// attention, sums of embeddings. A row's result depends on that row alone: sums run in one order, whatever the batch.
+
+// ---- Activations ----------------------------------------------------------------------------------------------------
+
+// 1 / (1 + exp(-2 u)), which is also (1 + tanh(u)) / 2.
+LOOKUPFFN_INLINE f32x16 sigmoid_2(f32x16 u) {
+  const f32x16 e = exp_minus_2(abs(u)), one = set1(1.0f);
+  return div(select(less(u, zero_f32()), e, one), add(one, e));
+}
+
+// x (1 + erf(x / sqrt(2))) / 2, erf by Abramowitz and Stegun's 7.1.26: within 1.5e-7.
+LOOKUPFFN_INLINE f32x16 gelu(f32x16 x) {
+  const f32x16 z = mul(abs(x), set1(0.7071067811865476f)), one = set1(1.0f);
+  const f32x16 t = div(one, add(one, mul(z, set1(0.3275911f))));
+  f32x16 p = set1(1.061405429f);
+  p = add(mul(p, t), set1(-1.453152027f));
+  p = add(mul(p, t), set1(1.421413741f));
+  p = add(mul(p, t), set1(-0.284496736f));
+  p = add(mul(p, t), set1(0.254829592f));
+  const f32x16 tail = mul(mul(p, t), exp_minus_2(mul(mul(z, z), set1(0.5f))));  // 1 - erf(z)
+  const f32x16 half = mul(x, set1(0.5f));
+  return select(less(x, zero_f32()), mul(half, tail), sub(x, mul(half, tail)));
+}
+
+LOOKUPFFN_INLINE f32x16 activate(Activation kind, f32x16 x) {
+  switch (kind) {
+    case Activation::kGelu: return gelu(x);
+    case Activation::kGeluTanh: {
+      const f32x16 cube = mul(mul(x, x), mul(x, set1(0.044715f)));
+      return mul(x, sigmoid_2(mul(set1(0.7978845608028654f), add(x, cube))));
+    }
+    case Activation::kSilu: return mul(x, sigmoid_2(mul(x, set1(0.5f))));
+    case Activation::kRelu: return max(zero_f32(), x);
+    default: return x;
+  }
+}
+
+// ---- Products -------------------------------------------------------------------------------------------------------
+
+static void multiply_f32(const MultiplyArgs& a) { multiply<WeightType::kFloat32>(a); }
+
+static void quantise_rows(const QuantiseRowsArgs& a) {
+  for (int t = 0; t < a.tokens; t++) {
+    float* row = a.x + t * a.x_stride;
+    i32x16 largest = zero_i32(), where = zero_i32();  // of each lane
+    for (int i = 0; i < a.width; i += 16) {
+      const i32x16 bits = abs_bits(load(row + i));
+      const mask16 more = less(largest, bits);
+      largest = select(more, bits, largest);
+      where = select(more, set1((int32_t)i), where);
+    }
+    int32_t bits[kLanes], place[kLanes];
+    store(bits, largest);
+    store(place, where);
+    Outliers& o = a.outliers[t];
+    const int32_t most = reduce_max(largest);
+    for (int k = 0; k < kOutliers; k++) {
+      int lane = 0;
+      for (int j = 1; j < kLanes; j++) lane = bits[j] > bits[lane] ? j : lane;
+      o.index[k] = place[lane] + lane;
+      o.value[k] = row[o.index[k]];
+      row[o.index[k]] = 0.0f;
+      bits[lane] = -1;
+    }
+    largest = zero_i32();
+    for (int i = 0; i < a.width; i += 16) largest = max_abs_bits(largest, load(row + i));
+    const Scale others = quantisation_scale(reduce_max(largest), 127.0f);
+    const Scale all = quantisation_scale(most, 127.0f);
+    o.count = all.scale > kOutlierRatio * others.scale || !(all.scale < __builtin_inff()) ? kOutliers : 0;
+    if (o.count == 0)
+      for (int k = 0; k < kOutliers; k++) row[o.index[k]] = o.value[k];
+    const Scale& scale = o.count ? others : all;
+    quantise(WeightType::kInt8, row, a.width, scale.inverse, a.quantised + t * a.q_bytes);
+    a.scales[t] = scale.scale;
+    for (int k = 0; k < o.count; k++) row[o.index[k]] = o.value[k];
+  }
+}
+
+template <bool kScaled, bool kResidual>
+LOOKUPFFN_INLINE void finish_row(const FinishRowsArgs& a, Activation kind, int t) {
+  const float* sums = a.sums + t * a.sums_stride;
+  float* y = a.y + t * a.y_stride;
+  const f32x16 scale = set1(kScaled ? a.scales[t] : 1.0f);
+  const uint8_t* column[kOutliers] = {};  // of the first panel
+  size_t panel_bytes = 0, group_bytes = 0;
+  if (kScaled) {
+    const int group = panels_of_group(a.weights->block_out);
+    panel_bytes = 64, group_bytes = (size_t)group * a.weights->block_in / 4 * 64;
+    for (int k = 0; k < kOutliers; k++)
+      column[k] = a.weights->words + (size_t)(a.outliers[t].index[k] / 4) * group * 64;
+  }
+  const int group = kScaled ? panels_of_group(a.weights->block_out) : 1;
+  for (int i = 0; i < a.width; i += 16) {
+    f32x16 v = load(sums + i);
+    if (kScaled) {
+      const int panel = i / 16;
+      const size_t at = (size_t)(panel / group) * group_bytes + (size_t)(panel % group) * panel_bytes;
+      v = mul(v, scale);
+      if (a.outliers[t].count) {
+        f32x16 apart = zero_f32();
+#pragma GCC unroll 4
+        for (int k = 0; k < kOutliers; k++) {
+          const i32x16 w = byte_of(load_bytes(column[k] + at), a.outliers[t].index[k] % 4);
+          apart = add(apart, mul(set1(a.outliers[t].value[k]), to_float(w)));
+        }
+        v = add(v, mul(apart, load(a.weights->scales + i)));
+      }
+    }
+    v = activate(kind, add(v, load(a.bias + i)));
+    if (kResidual) v = add(v, load(a.residual + t * a.residual_stride + i));
+    store(y + i, v);
+  }
+}
+
+static void finish_rows(const FinishRowsArgs& a) {
+  const auto run = [&](Activation kind) __attribute__((always_inline)) {
+    for (int t = 0; t < a.tokens; t++)
+      a.residual ? a.scales ? finish_row<true, true>(a, kind, t) : finish_row<false, true>(a, kind, t)
+      : a.scales ? finish_row<true, false>(a, kind, t)
+                 : finish_row<false, false>(a, kind, t);
+  };
+  switch (a.activation) {
+    case Activation::kGelu: return run(Activation::kGelu);
+    case Activation::kGeluTanh: return run(Activation::kGeluTanh);
+    case Activation::kSilu: return run(Activation::kSilu);
+    case Activation::kRelu: return run(Activation::kRelu);
+    default: return run(Activation::kNone);
+  }
+}
+
+// ---- Norms ----------------------------------------------------------------------------------------------------------
+
+LOOKUPFFN_INLINE float sum_of(f32x16 v) {  // by halves
+  float lane[16];
+  store(lane, v);
+  for (int half = 8; half; half /= 2)
+    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+static void norm_rows(const NormRowsArgs& a) {
+  const int whole = a.width / 16 * 16;
+  for (int t = 0; t < a.tokens; t++) {
+    const float* x = a.x + t * a.x_stride;
+    float* y = a.y + t * a.y_stride;
+    float mean = 0, squares = 0;
+    if (!a.rms) {
+      f32x16 sum = zero_f32();
+      for (int i = 0; i < whole; i += 16) sum = add(sum, load(x + i));
+      mean = sum_of(sum);
+      for (int i = whole; i < a.width; i++) mean += x[i];
+      mean /= (float)a.width;
+    }
+    f32x16 sum = zero_f32();
+    for (int i = 0; i < whole; i += 16) {
+      const f32x16 d = sub(load(x + i), set1(mean));
+      sum = add(sum, mul(d, d));
+    }
+    squares = sum_of(sum);
+    for (int i = whole; i < a.width; i++) squares += (x[i] - mean) * (x[i] - mean);
+    const float inverse = 1.0f / __builtin_sqrtf(squares / (float)a.width + a.epsilon);
+    const f32x16 m = set1(mean), s = set1(inverse);
+    for (int i = 0; i < a.padded; i += 16)  // weight and bias are 0 behind the width
+      store(y + i, add(mul(mul(sub(load(x + i), m), s), load(a.weight + i)), load(a.bias + i)));
+  }
+}
+
+// ---- Attention ------------------------------------------------------------------------------------------------------
+
+// softmax(q k^T + mask) v of one head for the queries [begin, end) of a sequence; q is scaled already. Keys come
+// transposed, (head_dim, keys), and values as rows; keys are padded to whole vectors with zeros.
+template <int kQueries, int kDims>
+LOOKUPFFN_INLINE void attend_tile(const AttendArgs& a, int64_t query) {
+  const int keys = a.causal ? (int)(query + kQueries) : a.keys;  // of the last query; earlier ones see fewer
+  const int padded = (keys + 15) / 16 * 16;
+  const float* q[kQueries];
+  float* p[kQueries];
+#pragma GCC unroll 8
+  for (int t = 0; t < kQueries; t++) {
+    q[t] = a.q + (query + t) * a.stride;
+    p[t] = a.scores + (size_t)t * a.keys_stride;
+  }
+  f32x16 top[kQueries];
+#pragma GCC unroll 8
+  for (int t = 0; t < kQueries; t++) top[t] = set1(-__builtin_inff());
+  int i = 0;
+  const auto block = [&](auto vectors) __attribute__((always_inline)) {
+    constexpr int kVectors = decltype(vectors)::value;
+    f32x16 sum[kQueries][kVectors];
+#pragma GCC unroll 8
+    for (int t = 0; t < kQueries; t++)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) sum[t][v] = zero_f32();
+    for (int d = 0; d < a.head_dim; d++) {
+      f32x16 k[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) k[v] = load(a.k + (size_t)d * a.keys_stride + i + 16 * v);
+#pragma GCC unroll 8
+      for (int t = 0; t < kQueries; t++) {
+        const f32x16 x = set1(q[t][d]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; v++) sum[t][v] = fma(x, k[v], sum[t][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kQueries; t++) {
+      const int seen = a.causal ? (int)(query + t + 1) : keys;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) {
+        const int left = seen - (i + 16 * v);
+        f32x16 s = sum[t][v];
+        if (left < 16) s = select(less(load(kLaneIndex), set1((int32_t)left)), s, set1(-__builtin_inff()));
+        top[t] = max(top[t], s);
+        store(p[t] + i + 16 * v, s);
+      }
+    }
+    i += 16 * kVectors;
+  };
+  for (; i + 16 * kKeyVectors <= padded;) block(Count<kKeyVectors>());
+  for (; i < padded;) block(Count<1>());
+
+  float inverse[kQueries];
+#pragma GCC unroll 8
+  for (int t = 0; t < kQueries; t++) {
+    float lane[16];
+    store(lane, top[t]);
+    float most = lane[0];
+    for (int j = 1; j < 16; j++) most = lane[j] > most ? lane[j] : most;
+    const f32x16 m = set1(most), half = set1(0.5f);
+    f32x16 sum = zero_f32();
+    for (int j = 0; j < padded; j += 16) {
+      const f32x16 s = load(p[t] + j), e = exp_minus_2(mul(half, sub(m, s)));
+      const f32x16 kept = select(less(set1(-__builtin_inff()), s), e, zero_f32());
+      sum = add(sum, kept);
+      store(p[t] + j, kept);
+    }
+    inverse[t] = 1.0f / sum_of(sum);
+  }
+  for (int first = 0; first < a.head_dim; first += 16 * kDims) {
+    f32x16 sum[kQueries][kDims];
+#pragma GCC unroll 8
+    for (int t = 0; t < kQueries; t++)
+#pragma GCC unroll 8
+      for (int v = 0; v < kDims; v++) sum[t][v] = zero_f32();
+    for (int j = 0; j < keys; j++) {
+      f32x16 row[kDims];
+#pragma GCC unroll 8
+      for (int v = 0; v < kDims; v++) row[v] = load(a.v + (size_t)j * a.head_dim + first + 16 * v);
+#pragma GCC unroll 8
+      for (int t = 0; t < kQueries; t++) {
+        const f32x16 w = set1(p[t][j]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kDims; v++) sum[t][v] = fma(w, row[v], sum[t][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kQueries; t++)
+#pragma GCC unroll 8
+      for (int v = 0; v < kDims; v++)
+        store(a.y + (query + t) * a.y_stride + first + 16 * v, mul(sum[t][v], set1(inverse[t])));
+  }
+}
+
+// Keys of one head as (head_dim, keys) and its values as rows.
+static void pack_head(const PackHeadArgs& a) {
+  for (int i = 0; i < a.keys; i += 16) {
+    const int rows = a.keys - i < 16 ? a.keys - i : 16;
+    for (int d = 0; d < a.head_dim; d += 16) {
+      f32x16 r[16];
+      for (int t = 0; t < 16; t++) r[t] = t < rows ? load(a.k + (int64_t)(i + t) * a.stride + d) : zero_f32();
+      transpose(r);
+      for (int j = 0; j < 16; j++) store(a.keys_out + (size_t)(d + j) * a.keys_stride + i, r[j]);
+    }
+    for (int t = 0; t < rows; t++)
+      for (int d = 0; d < a.head_dim; d += 16)
+        store(a.values_out + (size_t)(i + t) * a.head_dim + d, load(a.v + (int64_t)(i + t) * a.stride + d));
+  }
+}
+
+template <int kDims>
+static void attend_queries(const AttendArgs& a) {
+  int64_t query = a.begin;
+  for (; query + kQueryTile <= a.end; query += kQueryTile) attend_tile<kQueryTile, kDims>(a, query);
+  for (; query < a.end; query++) attend_tile<1, kDims>(a, query);
+}
+
+static void attend(const AttendArgs& a) { a.head_dim % 32 ? attend_queries<1>(a) : attend_queries<2>(a); }
+
+// ---- Embeddings and pooling -----------------------------------------------------------------------------------------
+
+static void add_rows(const AddRowsArgs& a) {
+  for (int i = 0; i < a.padded; i += 16) {
+    f32x16 sum = load(a.rows[0] + i);
+    for (int r = 1; r < a.count; r++) sum = add(sum, load(a.rows[r] + i));
+    store(a.y + i, sum);
+  }
+}
+
+static void pool_rows(const PoolRowsArgs& a) {
+  for (int i = 0; i < a.padded; i += 16) {
+    f32x16 sum = load(a.x + i);
+    for (int64_t t = 1; t < a.tokens; t++) sum = add(sum, load(a.x + t * a.stride + i));
+    store(a.y + i, a.tokens > 1 ? div(sum, set1((float)a.tokens)) : sum);
+  }
+  if (!a.normalise) return;
+  f32x16 sum = zero_f32();  // behind the width y is 0
+  for (int i = 0; i < a.padded; i += 16) sum = add(sum, mul(load(a.y + i), load(a.y + i)));
+  const float length = __builtin_sqrtf(sum_of(sum));
+  const f32x16 inverse = set1(1.0f / (length > 1e-12f ? length : 1e-12f));
+  for (int i = 0; i < a.padded; i += 16) store(a.y + i, mul(load(a.y + i), inverse));
+}

@@ -1,0 +1,83 @@
+// A packed encoder (docs/format.md, version 2): token ids to hidden states and pooled vectors, in one call.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/dispatch.h"
+#include "model/lookup.h"
+#include "model/records.h"
+
+namespace lookupffn {
+
+enum class Pooling : int32_t { kNone = 0, kMean = 1, kCls = 2 };
+
+// The numbers of a model record, in this order.
+struct EncoderConfig {
+  int32_t vocab_size, width, padded, layers, heads;
+  int32_t head_dim;  // padded to a multiple of 16
+  int32_t max_positions, type_vocab_size;
+  int32_t pre_norm;  // norms stand before attention and FFN, not behind the sums
+  int32_t embedding_norm, final_norm, causal;
+  Pooling pooling;
+  int32_t normalise;
+  int32_t first_position;  // of a text's first token, where positions are not given
+
+  int attention_width() const { return heads * head_dim; }
+};
+
+struct EncoderLayer {
+  Norm attention_norm, ffn_norm;
+  Linear query_key_value, output;
+  bool has_lookup;
+  Linear up, down;  // a dense FFN
+  Layer lookup;     // or a lookup
+};
+
+struct Encoder {
+  EncoderConfig config;
+  Embedding words, positions, types;
+  Norm embedding_norm, final_norm;
+  std::vector<EncoderLayer> layers;
+  int widest;  // of rows between its products, padded
+};
+
+// Opens the bytes of a model, every record of it. They begin with the model record; a file is a safetensors file, whose
+// bytes these are behind its header (`model_of_file`). Returns an empty string, or what is wrong.
+std::string open_encoder(Bytes, Encoder*);
+std::string model_of_file(Bytes file, Bytes* model);
+
+// Texts one after another, without padding.
+struct Batch {
+  int64_t texts;
+  const int32_t* lengths;    // [texts], each at least 1
+  const int32_t* ids;        // [tokens]
+  const int32_t* positions;  // [tokens], or null: 0, 1, ... from config.first_position on
+  const int32_t* types;      // [tokens], or null: 0
+};
+
+struct Outputs {
+  float* hidden;  // [tokens][width], or null
+  float* pooled;  // [texts][width], or null
+};
+
+// What is wrong with a batch; and how many tokens it has.
+std::string check_batch(const Encoder&, const Batch&, int64_t* tokens);
+
+// How a call is divided: into chunks of whole texts.
+struct EncoderPlan {
+  int64_t chunk_tokens;  // at most, or the longest text
+  int64_t longest;
+  int outer, inner;  // chunks at a time, threads of each
+  size_t chunk_bytes, thread_bytes;
+
+  size_t workspace_bytes() const { return outer * (chunk_bytes + inner * thread_bytes); }
+};
+
+EncoderPlan plan_encoder(const Encoder&, const Batch&, int threads);
+
+// Runs a checked batch. A text's result depends on that text alone, bit for bit. `workspace` as in lookup.h.
+void run_encoder(const Implementation&, const Encoder&, const EncoderPlan&, const Batch&, const Outputs&,
+                 void* workspace, const ThreadPool&);
+
+}  // namespace lookupffn

@@ -1,0 +1,66 @@
+// The records of a packed model (docs/format.md, version 2): each a header of 64 bytes and sections, whose sizes follow
+// from the header alone. Checked once when opened; what is opened points into the bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "kernels/kernels.h"
+
+namespace lookupffn {
+
+enum class RecordKind : uint32_t { kLookup = 1, kLinear = 2, kNorm = 3, kEmbedding = 4, kModel = 5 };
+constexpr uint32_t kRecordVersion = 2;
+constexpr int kRecordSizes = 10;
+
+struct RecordHeader {
+  char magic[8];  // "LOOKUPFF"
+  uint32_t version;
+  RecordKind kind;
+  uint64_t total_bytes;
+  int32_t size[kRecordSizes];  // by kind
+};
+static_assert(sizeof(RecordHeader) == 64, "the header is a file format");
+
+struct Bytes {
+  const uint8_t* data;
+  size_t size;
+};
+
+// y = activation(x W^T + bias). Inputs and outputs are padded to multiples of 64 with zeros.
+struct Linear {
+  int in_features, out_features, block_in, block_out;
+  WeightType type;  // float32 or int8
+  Activation activation;
+  BlockWeights weights;
+  const float* bias;  // [block_out]
+};
+
+struct Norm {
+  int width, padded;
+  bool rms;
+  float epsilon;
+  const float *weight, *bias;  // [padded]
+};
+
+struct Embedding {
+  int rows, width, padded;
+  const float* values;  // [rows][padded]
+};
+
+// Each returns an empty string, or what is wrong with the bytes.
+std::string open_linear(Bytes, Linear*);
+std::string open_norm(Bytes, Norm*);
+std::string open_embedding(Bytes, Embedding*);
+
+// The header of a record of this kind, which has so many sizes; its bytes are checked against those that are there.
+std::string open_record(Bytes, RecordKind, int sizes, RecordHeader*);
+
+// The kind of a record; kLookup is that of version 1. Empty, or why the bytes begin with none.
+std::string record_kind(Bytes, RecordKind*);
+
+constexpr int kPadding = 64;  // every width is padded to a multiple of it
+constexpr int kMostFeatures = 1 << 20;
+
+}  // namespace lookupffn

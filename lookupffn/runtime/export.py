@@ -1,0 +1,70 @@
+"""Export of a model for the runtime: one file of records, with its tokenizer beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from lookupffn.errors import InputError
+from lookupffn.files import atomic_replace, make_folder
+from lookupffn.runtime.families import graph_of
+from lookupffn.runtime.records import POOLINGS, model_bytes
+from lookupffn.runtime.session import MODEL_FILE
+
+
+def export(
+    model: Any,
+    folder: str | os.PathLike,
+    *,
+    linears: str = "int8",
+    tables: str = "int8",
+    tokenizer: Any = None,
+    pooling: str | None = None,
+    normalise: bool | None = None,
+) -> Path:
+    """Writes ``model`` to ``folder`` for :class:`lookupffn.Session`; returns the folder.
+
+    ``model`` is a Hugging Face encoder, or a SentenceTransformer, whose tokenizer and pooling go along. ``linears`` is
+    the type of dense products, ``"int8"`` or ``"float32"``, ``tables`` that of lookup tables. ``pooling`` is
+    ``"mean"``, ``"cls"`` or ``"none"``.
+
+    Raises:
+        InputError: a family or an option that the runtime does not have; the message names it.
+        WriteError: the folder cannot be written.
+    """
+    encoder, found = _parts(model)
+    tokenizer = tokenizer or found.get("tokenizer")
+    pooling = found.get("pooling", "none") if pooling is None else pooling
+    normalise = found.get("normalise", False) if normalise is None else normalise
+    if pooling not in POOLINGS:
+        raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+    graph = dataclasses.replace(graph_of(encoder), pooling=pooling, normalised=normalise)
+    folder = Path(folder)
+    contents = model_bytes(graph, linears, tables)  # before anything is written
+    make_folder(folder)
+    with atomic_replace(folder / MODEL_FILE) as temporary, open(temporary, "wb") as file:
+        file.writelines(contents)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _parts(model: Any) -> tuple[Any, dict]:
+    """The Transformer in a SentenceTransformer, and what its other modules say; any other model as it is."""
+    if type(model).__name__ != "SentenceTransformer":
+        return model, {}
+    found: dict[str, Any] = {"tokenizer": model.tokenizer}
+    for module in list(model)[1:]:
+        kind = type(module).__name__
+        if kind == "Pooling":
+            mode = module.get_pooling_mode_str() if hasattr(module, "get_pooling_mode_str") else module.pooling_mode
+            if mode not in ("mean", "cls"):
+                raise InputError(f"pooling {mode!r} cannot be exported; mean and cls can")
+            found["pooling"] = mode
+        elif kind == "Normalize":
+            found["normalise"] = True
+        else:
+            raise InputError(f"a SentenceTransformer with a {kind} module cannot be exported")
+    return model[0].auto_model, found

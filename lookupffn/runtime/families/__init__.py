@@ -1,0 +1,24 @@
+"""Model families that the runtime knows: one file each, which finds the parts of a model by its attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from torch import nn
+
+from lookupffn.errors import InputError
+from lookupffn.runtime.graph import Graph
+
+# By transformers' `model_type`: the module here whose `graph` knows it.
+FAMILIES = {"bert": "bert", "lookup_roberta": "lookup_roberta"}
+
+
+def graph_of(model: nn.Module) -> Graph:
+    """The parts of a model. Raises InputError for a family or an option that the runtime does not have."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise InputError(f"{type(model).__name__} of model_type {kind!r} cannot be exported; known are {known}")
+    find: Callable[[nn.Module], Graph] = import_module(f"{__name__}.{FAMILIES[kind]}").graph
+    return find(model)

@@ -1,0 +1,239 @@
+"""A session: a packed model mapped into memory, run in one native call, without torch."""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+import sys
+import sysconfig
+import threading
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lookupffn.errors import InputError
+from lookupffn.extras import require
+from lookupffn.runtime.records import read_metadata
+
+MODEL_FILE = "model.safetensors"
+POOLING_NAMES = ("none", "mean", "cls")
+TOKENS_AT_ONCE = 1 << 14  # of `embed`, so that memory does not grow with the list
+
+
+class _Description(c.Structure):
+    _fields_ = [
+        (name, c.c_int32)
+        for name in (
+            "vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions", "type_vocab_size",
+            "first_position", "pooling", "normalised", "lookup_layers",
+        )
+    ]  # fmt: skip
+
+
+class _Batch(c.Structure):
+    _fields_ = [
+        ("texts", c.c_int64),
+        ("lengths", c.c_void_p),
+        ("ids", c.c_void_p),
+        ("positions", c.c_void_p),
+        ("types", c.c_void_p),
+    ]
+
+
+@cache
+def library() -> c.CDLL:
+    """The runtime's library (csrc/include/lookupffn.h). Raises InputError where it was not built."""
+    names = {"darwin": "liblookupffn_runtime.dylib", "win32": "lookupffn_runtime.dll"}
+    name = names.get(sys.platform, "liblookupffn_runtime.so")
+    folders = (Path(__file__).parents[1], Path(sysconfig.get_path("platlib")) / "lookupffn")
+    path = next((path for folder in folders if (path := folder / name).exists()), None)
+    if path is None:
+        raise InputError(f"{name} was not built: install a C++ compiler, then lookupffn again")
+    found = c.CDLL(str(path))
+    for function, arguments in {
+        "lookupffn_open": (c.c_char_p, c.c_void_p),
+        "lookupffn_workspace": (c.c_void_p, c.c_void_p, c.c_int, c.c_void_p),
+        "lookupffn_run": (*[c.c_void_p] * 5, c.c_size_t, c.c_void_p),
+        "lookupffn_isa": (c.c_void_p,),
+    }.items():
+        getattr(found, function).argtypes = arguments
+        getattr(found, function).restype = c.c_char_p
+    found.lookupffn_close.argtypes = [c.c_void_p]
+    found.lookupffn_describe.argtypes = [c.c_void_p, c.c_void_p]
+    found.lookupffn_pool_new.argtypes, found.lookupffn_pool_new.restype = [c.c_int], c.c_void_p
+    found.lookupffn_pool_free.argtypes = [c.c_void_p]
+    return found
+
+
+def _check(error: bytes | None) -> None:
+    if error:
+        raise InputError(error.decode())
+
+
+class Session:
+    """Runs a packed encoder (:func:`lookupffn.export`): token ids to hidden states, texts to vectors.
+
+    The file is mapped read-only, so that processes share it. A text's result has the same bits alone and in any batch,
+    with any padding, on any number of threads. Several threads may call one session; pickled or forked, it opens its
+    file again.
+
+    Raises:
+        InputError: the folder holds no packed model, or a damaged one; the message has the file and the reason.
+    """
+
+    def __init__(self, folder: str | os.PathLike, threads: int = 1):
+        self.folder, self.threads = Path(folder), threads
+        if threads < 1:
+            raise InputError(f"threads must be at least 1, not {threads}")
+        path = self.folder / MODEL_FILE
+        if not path.is_file():
+            raise InputError(f"{self.folder} holds no {MODEL_FILE}: give a folder that lookupffn.export wrote")
+        self.metadata = read_metadata(path)
+        self._lib, self._model, self._pool = library(), c.c_void_p(), None
+        _check(self._lib.lookupffn_open(os.fsencode(path), c.byref(self._model)))
+        self._described = _Description()
+        self._lib.lookupffn_describe(self._model, c.byref(self._described))
+        self._pool = self._lib.lookupffn_pool_new(threads) if threads > 1 else None
+        self._local = threading.local()  # a workspace a thread, kept from call to call
+        self._tokenizer: Any = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_pool", None):
+            self._lib.lookupffn_pool_free(self._pool)
+        if getattr(self, "_model", None):
+            self._lib.lookupffn_close(self._model)
+
+    def __reduce__(self) -> tuple:
+        return Session, (self.folder, self.threads)
+
+    @property
+    def hidden_size(self) -> int:
+        return self._described.hidden_size
+
+    @property
+    def pooling(self) -> str:
+        return POOLING_NAMES[self._described.pooling]
+
+    # ---- Ids ---------------------------------------------------------------------------------------------------------
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> Any:
+        """Hidden states ``(batch, length, hidden_size)`` float32, 0 where the mask is 0; torch in, torch out.
+
+        ``input_ids``, ``attention_mask`` and ``token_type_ids`` are integers ``(batch, length)``; without a mask every
+        position counts. Positions that are masked are neither computed nor attended to.
+        """
+        ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
+        ids, mask = _checked(ids, mask, types)
+        hidden, _ = self._run(ids, mask, types, hidden=True, pooled=False)
+        out = np.zeros((*ids.shape, self.hidden_size), np.float32)
+        out[mask] = hidden
+        if type(input_ids).__module__.partition(".")[0] == "torch":
+            import torch
+
+            return torch.from_numpy(out)
+        return out
+
+    def pool(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> np.ndarray:
+        """Pooled vectors ``(batch, hidden_size)`` float32, as the model pools and normalises."""
+        ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
+        ids, mask = _checked(ids, mask, types)
+        return self._run(ids, mask, types, hidden=False, pooled=True)[1]
+
+    def _run(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None, *, hidden: bool, pooled: bool) -> tuple:
+        rule, d = self.metadata["position_rule"], self._described
+        lengths = mask.sum(1, dtype=np.int32)
+        if len(ids) and not lengths.all():
+            raise InputError(f"text {int(np.argmin(lengths))} has no tokens: every text needs at least one")
+        positions = None
+        if rule == "ids":
+            real = (ids != int(self.metadata["pad_token_id"])) & mask
+            positions = (np.cumsum(real, 1) * real + d.first_position - 1).clip(0)
+        elif rule == "index" and not (mask[:, :-1] >= mask[:, 1:]).all():  # padding on the left, or holes
+            positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) + d.first_position
+        arrays = [
+            lengths,
+            *(None if x is None else np.ascontiguousarray(x[mask], np.int32) for x in (ids, positions, types)),
+        ]
+        batch = _Batch(len(ids), *(None if x is None else x.ctypes.data for x in arrays))
+        count = int(lengths.sum())
+        out = np.empty((count, d.hidden_size), np.float32) if hidden else None
+        vectors = np.empty((len(ids), d.hidden_size), np.float32) if pooled else None
+        size = c.c_size_t()
+        _check(self._lib.lookupffn_workspace(self._model, c.byref(batch), self.threads, c.byref(size)))
+        workspace = getattr(self._local, "workspace", None)
+        if workspace is None or workspace.nbytes < size.value:
+            workspace = self._local.workspace = np.empty(size.value, np.uint8)
+        _check(
+            self._lib.lookupffn_run(
+                self._model,
+                c.byref(batch),
+                None if out is None else out.ctypes.data,
+                None if vectors is None else vectors.ctypes.data,
+                workspace.ctypes.data,
+                workspace.nbytes,
+                self._pool,
+            )
+        )
+        return out, vectors
+
+    # ---- Texts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            require("hf", "Session.embed")
+            from tokenizers import Tokenizer
+
+            path = self.folder / "tokenizer.json"
+            if not path.is_file():
+                raise InputError(f"{self.folder} holds no tokenizer.json: export the model with its tokenizer")
+            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer.no_padding()
+            longest = self._described.max_positions - self._described.first_position
+            self._tokenizer.enable_truncation(min(longest, int(self.metadata.get("max_length", longest))))
+        return self._tokenizer
+
+    def embed(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
+        """Vectors ``(len(texts), hidden_size)`` float32 of texts, in their order, pooled as the model says."""
+        if self.pooling == "none":
+            raise InputError(f"{self.folder} has no pooling: export it as a sentence transformer, or with pooling=")
+        vectors = np.empty((len(texts), self.hidden_size), np.float32)
+        encodings = self.tokenizer.encode_batch_fast(list(texts))
+        order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
+        steps: Any = self._groups(order, encodings)
+        if progress:
+            from tqdm import tqdm
+
+            steps = tqdm(list(steps), unit="batch")
+        for group in steps:
+            length = len(encodings[group[-1]].ids)
+            ids, mask = np.zeros((len(group), length), np.int32), np.zeros((len(group), length), bool)
+            types = np.zeros_like(ids)
+            for row, i in enumerate(group):
+                size = len(encodings[i].ids)
+                ids[row, :size], types[row, :size], mask[row, :size] = encodings[i].ids, encodings[i].type_ids, True
+            vectors[group] = self._run(ids, mask, types, hidden=False, pooled=True)[1]
+        return vectors
+
+    @staticmethod
+    def _groups(order: list[int], encodings: list) -> Any:
+        group: list[int] = []
+        for i in order:
+            if group and (len(group) + 1) * len(encodings[i].ids) > TOKENS_AT_ONCE:
+                yield group
+                group = []
+            group.append(i)
+        if group:
+            yield group
+
+
+def _checked(ids: Any, mask: Any, types: Any) -> tuple[np.ndarray, np.ndarray]:
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"input_ids must be integers (batch, length), not {ids.dtype} {list(ids.shape)}")
+    for name, x in (("attention_mask", mask), ("token_type_ids", types)):
+        if x is not None and x.shape != ids.shape:
+            raise InputError(f"{name} is {list(x.shape)}, input_ids {list(ids.shape)}")
+    return ids, np.ones(ids.shape, bool) if mask is None else mask.astype(bool)

@@ -1,0 +1,321 @@
+"""The runtime: packed encoders against the models that they were exported from, the same bits whatever the batch."""
+
+import contextlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+from lookupffn import Session, export, native
+from lookupffn.errors import InputError
+from lookupffn.hf import LookupRobertaConfig, LookupRobertaModel
+from lookupffn.runtime.session import MODEL_FILE
+
+if not native.available():
+    pytest.skip("the runtime is a compiled library", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+VOCAB, POSITIONS = 211, 160
+
+
+def bert(width=48, heads=3, inner=100, layers=2, act="gelu"):
+    sizes = {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+    }
+    config = BertConfig(vocab_size=VOCAB, max_position_embeddings=POSITIONS, hidden_act=act, **sizes)
+    return randomised(BertModel(config))
+
+
+def own(ffn="lookup", causal=False, **changes):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 100, "ffn": ffn}
+    if ffn == "lookup":
+        changes["ffn_options"] = {"num_tables": 20, "reads": 2, "block_size": 16}
+    return randomised(LookupRobertaModel(LookupRobertaConfig.preset("small", **sizes, is_decoder=causal, **changes)))
+
+
+def randomised(model):
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+        if "LayerNorm.weight" in name or "norm.weight" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+        if name.endswith("tables"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+MODELS = {
+    "bert": bert,
+    "bert, odd sizes": lambda: bert(width=66, heads=2, inner=7, layers=1),
+    "bert, tanh": lambda: bert(act="gelu_new"),
+    "bert, relu": lambda: bert(act="relu"),
+    "bert, silu": lambda: bert(act="silu"),
+    "own, dense": lambda: own("dense"),
+    "own, lookup": own,
+    "own, causal": lambda: own("dense", causal=True),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder of a model and the model, each exported once."""
+    made = {}
+
+    def get(name, linears="float32", **options):
+        key = (name, linears, *options.items())
+        if key not in made:
+            model, folder = MODELS[name](), tmp_path_factory.mktemp("model")
+            made[key] = export(model, folder, linears=linears, tables=linears, **options), model
+        return made[key]
+
+    return get
+
+
+def batch(texts=5, length=37):
+    """Ids, types and a mask with padding on the right, on the left, and holes."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCAB, (texts, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, length // 2 :] = 0
+    mask[1, : length // 4] = 0
+    mask[2, length // 8 : length // 3] = 0
+    return ids, mask, torch.randint(0, 2, ids.shape, generator=generator)
+
+
+def hidden(model, ids, mask, types=None):
+    given = {} if types is None or not isinstance(model, BertModel) else {"token_type_ids": types}
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, **given).last_hidden_state
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_the_model(name, exported):
+    folder, model = exported(name)
+    ids, mask, types = batch()
+    types = types if isinstance(model, BertModel) else None
+    expected, session = hidden(model, ids, mask, types), Session(folder)
+    found = session(ids, mask, types)
+    assert (found[mask == 0] == 0).all()
+    error = (found - expected)[mask == 1].abs().max()
+    assert error <= 2e-5 * expected.abs().max()
+    for length in (1, 2, 15, 16, 17, POSITIONS):
+        ids, mask, _ = batch(4, length)
+        mask[:] = 1
+        expected = hidden(model, ids, mask)
+        limit = 2e-5 * expected.abs().max()
+        assert (session(ids.numpy()) - expected.numpy()).max() <= limit
+
+
+@pytest.mark.parametrize("name", ["bert", "bert, odd sizes", "own, dense"])
+def test_int8_is_near_the_model(name, exported):
+    folder, model = exported(name, "int8")
+    ids, mask, _ = batch()
+    expected, found = hidden(model, ids, mask), Session(folder)(ids, mask)
+    cosine = torch.nn.functional.cosine_similarity(found[mask == 1], expected[mask == 1])
+    assert cosine.min() > 0.999
+
+
+def test_an_input_that_is_far_larger_than_the_others_does_not_take_their_integers(tmp_path):
+    """As one of MiniLM's dimensions is: without its exact product the error is ten times as large."""
+    model = bert(width=64, heads=2, inner=64, layers=1)
+    with torch.no_grad():
+        model.encoder.layer[0].attention.output.LayerNorm.bias[7] = 60.0
+        model.embeddings.LayerNorm.weight[3] = 50.0
+    ids, mask, _ = batch()
+    expected = hidden(model, ids, mask)
+    found = Session(export(model, tmp_path, linears="int8"))(ids, mask)
+    error = (found - expected)[mask == 1]
+    assert error.square().mean().sqrt() < 0.02 * expected[mask == 1].std()
+
+
+@pytest.mark.parametrize("linears", ["float32", "int8"])
+@pytest.mark.parametrize("name", ["bert", "own, lookup", "own, causal"])
+def test_a_text_has_the_same_bits_alone_in_any_batch_and_on_any_threads(name, linears, exported):
+    folder, _ = exported(name, linears, pooling="mean", normalise=True)
+    generator = np.random.default_rng(0)
+    sessions = [Session(folder, threads) for threads in (1, 2, 3, 4)]
+    lengths = [1, 150, 7, 16, 33, 2, 48, 97, 15, 64]
+    texts = [generator.integers(0, VOCAB, (1, length)) for length in lengths]
+    alone = [sessions[0](text)[0] for text in texts]
+    vectors = [sessions[0].pool(text)[0] for text in texts]
+    for _ in range(12):
+        chosen = generator.permutation(len(texts))[: generator.integers(1, len(texts) + 1)]
+        longest = max(lengths[i] for i in chosen) + int(generator.integers(0, 9))
+        ids, mask = np.zeros((len(chosen), longest), int), np.zeros((len(chosen), longest), int)
+        for row, i in enumerate(chosen):
+            ids[row, : lengths[i]], mask[row, : lengths[i]] = texts[i], 1
+        session = sessions[generator.integers(len(sessions))]
+        found, pooled = session(ids, mask), session.pool(ids, mask)
+        for row, i in enumerate(chosen):
+            assert np.array_equal(found[row, : lengths[i]].view(np.int32), alone[i].view(np.int32))
+            assert np.array_equal(pooled[row].view(np.int32), vectors[i].view(np.int32))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_pooled_vectors(pooling, normalise, exported):
+    folder, model = exported("bert", pooling=pooling, normalise=normalise)
+    ids, mask, _ = batch()
+    states = hidden(model, ids, mask)
+    rows = [state[here == 1] for state, here in zip(states, mask, strict=True)]
+    expected = torch.stack([row.mean(0) if pooling == "mean" else row[0] for row in rows])
+    if normalise:
+        expected = torch.nn.functional.normalize(expected)
+    torch.testing.assert_close(torch.from_numpy(Session(folder).pool(ids, mask)), expected, rtol=0, atol=1e-5)
+
+
+def test_a_session_is_shared_pickled_and_forked(exported):
+    folder, _ = exported("bert", "int8")
+    session, (ids, mask, _) = Session(folder, threads=2), batch(16, 64)
+    expected = session(ids, mask)
+    results = [None] * 8
+
+    def work(i):
+        for _ in range(5):
+            results[i] = session(ids, mask)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(torch.equal(result, expected) for result in results)
+    assert torch.equal(pickle.loads(pickle.dumps(session))(ids, mask), expected)
+    if pid := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    else:
+        os._exit(0 if torch.equal(session(ids, mask), expected) else 1)
+
+
+def test_torch_in_torch_out_and_nothing_in_nothing_out(exported):
+    session = Session(exported("bert")[0])
+    ids = np.zeros((2, 3), np.int64)
+    assert isinstance(session(ids), np.ndarray)
+    assert isinstance(session(torch.from_numpy(ids)), torch.Tensor)
+    assert session(np.zeros((0, 5), int)).shape == (0, 5, 48)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        ([[0, VOCAB]], None, rf"token 1 has id {VOCAB}, not 0 to {VOCAB - 1}"),
+        ([[-1, 3]], None, "token 0 has id -1"),
+        ([[1, 2], [3, 4]], [[1, 1], [0, 0]], "text 1 has no tokens"),
+        ([[1] * (POSITIONS + 1)], None, rf"text 0 has {POSITIONS + 1} tokens, the model has positions for {POSITIONS}"),
+        ([1, 2], None, r"input_ids must be integers \(batch, length\)"),
+        ([[0.5]], None, "input_ids must be integers"),
+        ([[1, 2]], [[1]], r"attention_mask is \[1, 1\], input_ids \[1, 2\]"),
+    ],
+)
+def test_input_that_does_not_fit_is_named(ids, mask, message, exported):
+    with pytest.raises(InputError, match=message):
+        Session(exported("bert")[0])(np.array(ids), None if mask is None else np.array(mask))
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    config = DistilBertConfig(vocab_size=99, dim=48, n_heads=3, hidden_dim=60, n_layers=1)
+    with pytest.raises(InputError, match="model_type 'distilbert' cannot be exported; known are bert, lookup_roberta"):
+        export(DistilBertModel(config), tmp_path)
+    with pytest.raises(InputError, match="linears must be one of float32, int8, not 'int3'"):
+        export(bert(), tmp_path, linears="int3")
+    with pytest.raises(InputError, match=r"hidden_act|activation 'tanh' is none of"):
+        export(bert(act="tanh"), tmp_path)
+    broken = bert()
+    with torch.no_grad():
+        broken.encoder.layer[0].intermediate.dense.weight[3, 4] = float("nan")
+    with pytest.raises(InputError, match=r"layers\.0\.up holds values that are not finite"):
+        export(broken, tmp_path)
+    with pytest.raises(InputError, match=r"holds no model\.safetensors"):
+        Session(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_files_are_refused_and_never_crash(exported, tmp_path):
+    """Every byte of headers and places changed in turn, and the file cut off anywhere: an error, or an answer."""
+    folder, _ = exported("own, lookup", "int8")
+    raw = (folder / MODEL_FILE).read_bytes()
+    header = 8 + int.from_bytes(raw[:8], "little")
+    generator, refused = np.random.default_rng(0), 0
+    ids, _, _ = batch(3, 9)
+    cuts = [
+        raw[:n] for n in (0, 7, 8, 100, header, header + 63, header + 200, len(raw) // 2, len(raw) - 64, len(raw) - 1)
+    ]
+    starts = [header, *(header + int(place) for place in np.frombuffer(raw[header + 192 : header + 320], "<i8")[::2])]
+    changed = []
+    for _ in range(400):
+        damaged = bytearray(raw)
+        at = int(generator.choice(starts)) + int(generator.integers(0, 192))
+        damaged[at] ^= 1 << int(generator.integers(8))
+        changed.append(bytes(damaged))
+    for damaged in [*cuts, *changed]:
+        (tmp_path / MODEL_FILE).write_bytes(damaged)
+        refused += 1
+        with contextlib.suppress(InputError):
+            Session(tmp_path)(ids)
+            refused -= 1
+    assert refused > len(cuts) + 150  # the others changed a weight
+
+
+# ---- Every instruction set, and the C interface ----------------------------------------------------------------------
+
+
+COMPARE = """
+import sys
+import numpy as np
+from lookupffn import Session
+given = np.load(sys.argv[1])
+for folder, expected in zip(sys.argv[2:], ("float32", "int8"), strict=True):
+    found = Session(folder, 2)(given["ids"], given["mask"])
+    error = np.abs(found - given[expected])[given["mask"] == 1].max()
+    assert error <= (2e-5 if expected == "float32" else 0.02) * np.abs(given[expected]).max(), (folder, error)
+"""
+
+
+@pytest.mark.parametrize("isa", [i["name"] for i in native.implementations() if i["runs_here"]])
+@pytest.mark.parametrize("name", ["bert", "own, causal"])
+def test_every_implementation(isa, name, exported, tmp_path):
+    folders = [exported(name, linears)[0] for linears in ("float32", "int8")]
+    model = exported(name)[1]
+    ids, mask, _ = batch(6, 70)
+    states = hidden(model, ids, mask).numpy()
+    np.savez(tmp_path / "given.npz", ids=ids, mask=mask, float32=states, int8=Session(folders[1])(ids, mask))
+    command = [sys.executable, "-c", COMPARE, str(tmp_path / "given.npz"), *map(str, folders)]
+    done = subprocess.run(command, env=os.environ | {"LOOKUPFFN_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="needs a C compiler")
+def test_the_c_interface_gives_the_same_numbers(exported, tmp_path):
+    folder, _ = exported("bert", "int8")
+    root = Path(__file__).parents[2]
+    libraries = Path(sysconfig.get_path("platlib")) / "lookupffn"
+    program = tmp_path / "hidden"
+    command = [
+        "cc",
+        "-Wall",
+        "-Werror",
+        root / "examples" / "hidden.c",
+        "-I",
+        root / "csrc" / "include",
+        "-L",
+        libraries,
+    ]
+    subprocess.run([*command, "-llookupffn_runtime", f"-Wl,-rpath,{libraries}", "-o", program], check=True)
+    ids = [5, 17, 200, 3]
+    printed = subprocess.run([program, folder / MODEL_FILE, *map(str, ids)], check=True, capture_output=True, text=True)
+    found = np.array([[float(x) for x in line.split(": ")[1].split()] for line in printed.stdout.splitlines()])
+    np.testing.assert_allclose(found, Session(folder)(np.array([ids]))[0, :, :3], rtol=0, atol=1e-6)
+    wrong = subprocess.run([program, folder / MODEL_FILE, "9999"], capture_output=True, text=True)
+    assert wrong.returncode == 1
+    assert "token 0 has id 9999" in wrong.stderr
