@@ -3,11 +3,13 @@
 import dataclasses
 import os
 import sys
+import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 
 try:
@@ -23,6 +25,8 @@ except ModuleNotFoundError as error:  # an extra, and this is a program: one lin
 
 from lookupffn import __version__, machine, native
 from lookupffn.errors import InputError
+from lookupffn.extras import require
+from lookupffn.files import atomic_replace, check_writable
 
 FOLDERS = {  # whose `commands` have them
     "bench": "bench", "pretrain": "train", "finetune": "train", "compare": "lab", "demo": "lab", "advise": "lab",
@@ -193,6 +197,52 @@ def tune(
         table.add_row("timed", *_sizes(timed), *(f"{best:.2f} ({best / formula:.2f}x)" for formula, best in us))
         console.print(table)
     console.print(f"kept in [bold]{cache_file()}[/]; pack and load_packed use it with tune=True")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="folder or name of a Hugging Face encoder or a sentence transformer")],
+    output: Annotated[Path, typer.Option(help="folder for the packed model")],
+    linears: Annotated[str, typer.Option(help="of dense products: int8 or float32")] = "int8",
+    tables: Annotated[str, typer.Option(help="of lookup tables: int8, bfloat16 or float32")] = "int8",
+    pooling: Annotated[str | None, typer.Option(help="mean, cls or none [as the sentence transformer says]")] = None,
+):
+    """Writes an encoder as one file that `embed` and lookupffn.Session run in one native call."""
+    require("hf", "lookupffn export")
+    from lookupffn.train.commands import quiet
+
+    quiet()
+    from lookupffn.hf.loading import load_encoder
+    from lookupffn.runtime.export import export as run
+
+    encoder, tokenizer = load_encoder(model)
+    folder = run(encoder, output, linears=linears, tables=tables, tokenizer=tokenizer, pooling=pooling)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    Console(soft_wrap=True).print(f"{size / 2**20:,.1f} MiB in [bold]{folder}[/]")
+
+
+@app.command()
+def embed(
+    folder: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
+    file: Annotated[Path, typer.Argument(help="texts, one a line, in UTF-8")],
+    output: Annotated[Path, typer.Option(help="file for the vectors, a numpy array (texts, hidden_size)")],
+    threads: Annotated[int, typer.Option(help="threads")] = 1,
+):
+    """Embeds the lines of a file by a packed model."""
+    from lookupffn.runtime.session import Session
+
+    check_writable(output)
+    try:
+        texts = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from None
+    session = Session(folder, threads)
+    start = time.perf_counter()
+    vectors = session.embed(texts, progress=True)
+    seconds = time.perf_counter() - start
+    with atomic_replace(output) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, vectors)
+    Console(soft_wrap=True).print(f"{len(texts):,} texts in {seconds:.1f} s, vectors in [bold]{output}[/]")
 
 
 def _sizes(layer) -> list[str]:

@@ -40,7 +40,8 @@ def export(
     normalise = found.get("normalise", False) if normalise is None else normalise
     if pooling not in POOLINGS:
         raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
-    graph = dataclasses.replace(graph_of(encoder), pooling=pooling, normalised=normalise)
+    longest = found.get("max_length") or getattr(tokenizer, "model_max_length", None) or 1 << 30
+    graph = dataclasses.replace(graph_of(encoder), pooling=pooling, normalised=normalise, max_length=int(longest))
     folder = Path(folder)
     contents = model_bytes(graph, linears, tables)  # before anything is written
     make_folder(folder)
@@ -55,7 +56,7 @@ def _parts(model: Any) -> tuple[Any, dict]:
     """The Transformer in a SentenceTransformer, and what its other modules say; any other model as it is."""
     if type(model).__name__ != "SentenceTransformer":
         return model, {}
-    found: dict[str, Any] = {"tokenizer": model.tokenizer}
+    found: dict[str, Any] = {"tokenizer": model.tokenizer, "max_length": model.max_seq_length}
     for module in list(model)[1:]:
         kind = type(module).__name__
         if kind == "Pooling":

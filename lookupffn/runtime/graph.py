@@ -70,6 +70,7 @@ class Graph:
     pad_token_id: int = 0
     pooling: str = "none"
     normalised: bool = False
+    max_length: int = 1 << 30  # of a text, in tokens: the rest is cut off
 
     @property
     def width(self) -> int:

@@ -214,6 +214,7 @@ def model_bytes(graph: Graph, linears: str, tables: str) -> list[bytes | memoryv
         "tables": tables,
         "position_rule": graph.position_rule,
         "pad_token_id": str(graph.pad_token_id),
+        "max_length": str(min(graph.max_length, graph.positions.shape[0] - graph.first_position)),
     }
     header = json.dumps({"__metadata__": described, **tensors}, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % 64)

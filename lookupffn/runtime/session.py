@@ -192,8 +192,7 @@ class Session:
                 raise InputError(f"{self.folder} holds no tokenizer.json: export the model with its tokenizer")
             self._tokenizer = Tokenizer.from_file(str(path))
             self._tokenizer.no_padding()
-            longest = self._described.max_positions - self._described.first_position
-            self._tokenizer.enable_truncation(min(longest, int(self.metadata.get("max_length", longest))))
+            self._tokenizer.enable_truncation(int(self.metadata["max_length"]))
         return self._tokenizer
 
     def embed(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:

@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertModel, BertTokenizerFast, DistilBertConfig, DistilBertModel
+from typer.testing import CliRunner
 
 from lookupffn import Session, export, native
+from lookupffn.__main__ import app
 from lookupffn.errors import InputError
 from lookupffn.hf import LookupRobertaConfig, LookupRobertaModel
 from lookupffn.runtime.session import MODEL_FILE
@@ -265,6 +268,48 @@ def test_damaged_files_are_refused_and_never_crash(exported, tmp_path):
             Session(tmp_path)(ids)
             refused -= 1
     assert refused > len(cuts) + 150  # the others changed a weight
+
+
+# ---- Texts and the command line --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sentence_transformer(tmp_path):
+    modules = pytest.importorskip("sentence_transformers.models")
+    words = [f"w{i}" for i in range(VOCAB - 5)]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    model = bert()
+    model.save_pretrained(tmp_path / "bert")
+    BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=32).save_pretrained(tmp_path / "bert")
+    parts = [modules.Transformer(str(tmp_path / "bert")), modules.Pooling(48, "mean"), modules.Normalize()]
+    return SentenceTransformer(modules=parts, device="cpu")
+
+
+def test_texts_of_a_sentence_transformer(sentence_transformer, tmp_path):
+    generator = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in generator.integers(0, 190, n)) for n in (3, 0, 20, 1, 7, 40, 7, 2)]
+    session = Session(export(sentence_transformer, tmp_path / "fast", linears="float32"))
+    vectors = session.embed(texts)
+    np.testing.assert_allclose(vectors, sentence_transformer.encode(texts), rtol=0, atol=1e-5)
+    for i, text in enumerate(texts):
+        assert np.array_equal(session.embed([text])[0].view(np.int32), vectors[i].view(np.int32))
+    assert session.embed([]).shape == (0, 48)
+    with pytest.raises(InputError, match="has no pooling"):
+        Session(export(bert(), tmp_path / "bare")).embed(["w1"])
+
+
+def test_export_and_embed_from_a_shell(sentence_transformer, tmp_path):
+    sentence_transformer.save(str(tmp_path / "st"))
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "st"), "--output", str(tmp_path / "fast")])
+    assert done.exit_code == 0, done.output
+    (tmp_path / "texts.txt").write_text("w1 w2\nw3\n\nw4 w5 w6\n")
+    arguments = [str(tmp_path / "fast"), str(tmp_path / "texts.txt"), "--output", str(tmp_path / "out" / "v.npy")]
+    done = CliRunner().invoke(app, ["embed", *arguments])
+    assert done.exit_code == 0, done.output
+    vectors = np.load(tmp_path / "out" / "v.npy")
+    assert np.array_equal(vectors, Session(tmp_path / "fast").embed(["w1 w2", "w3", "", "w4 w5 w6"]))
+    with pytest.raises(InputError, match=r"nowhere\.txt cannot be read as UTF-8 text"):
+        CliRunner().invoke(app, ["embed", arguments[0], "nowhere.txt", *arguments[2:]], catch_exceptions=False)
 
 
 # ---- Every instruction set, and the C interface ----------------------------------------------------------------------
