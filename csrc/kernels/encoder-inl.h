@@ -3,24 +3,29 @@
 
 // ---- Activations ----------------------------------------------------------------------------------------------------
 
+LOOKUPFFN_INLINE f32x16 least(f32x16 a, f32x16 b) { return select(less(a, b), a, b); }
+
 // 1 / (1 + exp(-2 u)), which is also (1 + tanh(u)) / 2.
 LOOKUPFFN_INLINE f32x16 sigmoid_2(f32x16 u) {
   const f32x16 e = exp_minus_2(abs(u)), one = set1(1.0f);
   return div(select(less(u, zero_f32()), e, one), add(one, e));
 }
 
-// x (1 + erf(x / sqrt(2))) / 2, erf by Abramowitz and Stegun's 7.1.26: within 1.5e-7.
+// x (1 + erf(x / sqrt(2))) / 2 within 3e-6: erf(x / sqrt(2)) / x is a polynomial in x^2, fitted at Chebyshev's nodes on
+// [0, 25], beyond which erf is 1.
+constexpr float kGelu[] = {-6.060837768e-04f, 1.470752759e-03f, -1.383689698e-03f, 2.749192296e-03f,
+                           -7.516048849e-03f, 1.353305485e-02f, -2.113692090e-02f, 3.247217834e-02f,
+                           -4.685714468e-02f, 6.295351684e-02f, -8.084870130e-02f, 1.030358598e-01f,
+                           -1.405937374e-01f, 2.827276289e-01f};
 LOOKUPFFN_INLINE f32x16 gelu(f32x16 x) {
-  const f32x16 z = mul(abs(x), set1(0.7071067811865476f)), one = set1(1.0f);
-  const f32x16 t = div(one, add(one, mul(z, set1(0.3275911f))));
-  f32x16 p = set1(1.061405429f);
-  p = add(mul(p, t), set1(-1.453152027f));
-  p = add(mul(p, t), set1(1.421413741f));
-  p = add(mul(p, t), set1(-0.284496736f));
-  p = add(mul(p, t), set1(0.254829592f));
-  const f32x16 tail = mul(mul(p, t), exp_minus_2(mul(mul(z, z), set1(0.5f))));  // 1 - erf(z)
-  const f32x16 half = mul(x, set1(0.5f));
-  return select(less(x, zero_f32()), mul(half, tail), sub(x, mul(half, tail)));
+  const f32x16 limit = set1(5.0f), one = set1(1.0f);
+  const f32x16 c = max(sub(zero_f32(), limit), least(x, limit));
+  const f32x16 s = fma(mul(c, c), set1(2.0f / 25.0f), set1(-1.0f));
+  f32x16 p = set1(kGelu[0]);
+#pragma GCC unroll 16
+  for (int k = 1; k < 14; k++) p = fma(p, s, set1(kGelu[k]));
+  const f32x16 e = max(set1(-1.0f), least(mul(c, p), one)), half = mul(x, set1(0.5f));
+  return fma(half, e, half);
 }
 
 LOOKUPFFN_INLINE f32x16 activate(Activation kind, f32x16 x) {
@@ -82,30 +87,30 @@ LOOKUPFFN_INLINE void finish_row(const FinishRowsArgs& a, Activation kind, int t
   const float* sums = a.sums + t * a.sums_stride;
   float* y = a.y + t * a.y_stride;
   const f32x16 scale = set1(kScaled ? a.scales[t] : 1.0f);
-  const uint8_t* column[kOutliers] = {};  // of the first panel
-  size_t panel_bytes = 0, group_bytes = 0;
-  if (kScaled) {
-    const int group = panels_of_group(a.weights->block_out);
-    panel_bytes = 64, group_bytes = (size_t)group * a.weights->block_in / 4 * 64;
-    for (int k = 0; k < kOutliers; k++)
-      column[k] = a.weights->words + (size_t)(a.outliers[t].index[k] / 4) * group * 64;
-  }
+  const bool apart = kScaled && a.outliers[t].count;
+  const uint8_t* column[kOutliers];  // of the first panel
+  f32x16 value[kOutliers];
+  int byte[kOutliers];
   const int group = kScaled ? panels_of_group(a.weights->block_out) : 1;
+  const size_t group_bytes = kScaled ? (size_t)group * a.weights->block_in / 4 * 64 : 0;
+#pragma GCC unroll 4
+  for (int k = 0; k < kOutliers && apart; k++) {
+    const int index = a.outliers[t].index[k];
+    column[k] = a.weights->words + (size_t)(index / 4) * group * 64;
+    value[k] = set1(a.outliers[t].value[k]);
+    byte[k] = index % 4;
+  }
   for (int i = 0; i < a.width; i += 16) {
     f32x16 v = load(sums + i);
-    if (kScaled) {
+    if (kScaled) v = mul(v, scale);
+    if (apart) {
       const int panel = i / 16;
-      const size_t at = (size_t)(panel / group) * group_bytes + (size_t)(panel % group) * panel_bytes;
-      v = mul(v, scale);
-      if (a.outliers[t].count) {
-        f32x16 apart = zero_f32();
+      const size_t at = (size_t)(panel / group) * group_bytes + (size_t)(panel % group) * 64;
+      f32x16 sum = zero_f32();
 #pragma GCC unroll 4
-        for (int k = 0; k < kOutliers; k++) {
-          const i32x16 w = byte_of(load_bytes(column[k] + at), a.outliers[t].index[k] % 4);
-          apart = add(apart, mul(set1(a.outliers[t].value[k]), to_float(w)));
-        }
-        v = add(v, mul(apart, load(a.weights->scales + i)));
-      }
+      for (int k = 0; k < kOutliers; k++)
+        sum = fma(value[k], to_float(byte_of(load_bytes(column[k] + at), byte[k])), sum);
+      v = fma(sum, load(a.weights->scales + i), v);
     }
     v = activate(kind, add(v, load(a.bias + i)));
     if (kResidual) v = add(v, load(a.residual + t * a.residual_stride + i));

@@ -225,6 +225,7 @@ struct ThreadMemory {
   uint8_t* quantised;  // [tile][widest]
   float* scales;       // [tile]
   Outliers* outliers;  // [tile]
+  float* sums;         // [tile][64]
   float *keys, *values, *scores;
   float* zeros;  // [padded]
   void* lookup;  // workspace of the widest lookup
@@ -235,6 +236,7 @@ struct ThreadMemory {
     quantised = memory.take<uint8_t>(size_t(kTile) * e.widest);
     scales = memory.take<float>(kTile);
     outliers = memory.take<Outliers>(kTile);
+    sums = memory.take<float>(size_t(kTile) * kPadding);
     keys = memory.take<float>(size_t(c.head_dim) * keys_stride(longest));
     values = memory.take<float>(size_t(c.head_dim) * longest);
     scores = memory.take<float>(size_t(kMaxQueryTile) * keys_stride(longest));
@@ -307,20 +309,19 @@ struct Chunk {
     });
   }
 
-  // y = activation(x W^T + bias) + residual, for at most kTile rows.
+  // y = activation(x W^T + bias) + residual, for at most kTile rows; y may be the residual. So many outputs at a time
+  // that their sums and weights stay in L1 from the product to what is done with it.
   void linear(const ThreadMemory& m, const Linear& l, float* x, size_t x_stride, int count, float* y, size_t y_stride,
               const float* residual = nullptr, size_t residual_stride = 0) const {
     const EncoderKernels& k = *call.k.encoder;
     const bool integer = l.type == WeightType::kInt8;
-    float* const sums = residual ? m.rows[0] : y;  // y may be the residual
-    const size_t sums_stride = residual ? size_t(l.block_out) : y_stride;
     MultiplyArgs product = {.w = l.weights,
-                            .x = reinterpret_cast<const uint8_t*>(x),
-                            .x_bytes = 4 * x_stride,
+                            .x = integer ? m.quantised : reinterpret_cast<const uint8_t*>(x),
+                            .x_bytes = integer ? size_t(l.block_in) : 4 * x_stride,
                             .tokens = count,
-                            .y = sums,
-                            .y_stride = sums_stride};
-    if (integer) {
+                            .y = m.sums,
+                            .y_stride = kPadding};
+    if (integer)
       k.quantise_rows({.x = x,
                        .x_stride = x_stride,
                        .tokens = count,
@@ -329,25 +330,25 @@ struct Chunk {
                        .q_bytes = size_t(l.block_in),
                        .scales = m.scales,
                        .outliers = m.outliers});
-      product.x = m.quantised;
-      product.x_bytes = size_t(l.block_in);
-      call.k.inference->multiply_i8(product);
-    } else {
-      k.multiply_f32(product);
+    product.w.block_out = kPadding;
+    for (int first = 0; first < l.block_out; first += kPadding) {
+      product.w.words = l.weights.words + size_t(first) * l.block_in * element_size(l.type);
+      if (integer) product.w.scales = l.weights.scales + first, product.w.offsets = l.weights.offsets + first;
+      (integer ? call.k.inference->multiply_i8 : k.multiply_f32)(product);
+      k.finish_rows({.sums = m.sums,
+                     .sums_stride = kPadding,
+                     .tokens = count,
+                     .width = kPadding,
+                     .scales = integer ? m.scales : nullptr,
+                     .outliers = m.outliers,
+                     .weights = &product.w,
+                     .bias = l.bias + first,
+                     .activation = l.activation,
+                     .residual = residual ? residual + first : nullptr,
+                     .residual_stride = residual_stride,
+                     .y = y + first,
+                     .y_stride = y_stride});
     }
-    k.finish_rows({.sums = sums,
-                   .sums_stride = sums_stride,
-                   .tokens = count,
-                   .width = l.block_out,
-                   .scales = integer ? m.scales : nullptr,
-                   .outliers = m.outliers,
-                   .weights = &l.weights,
-                   .bias = l.bias,
-                   .activation = l.activation,
-                   .residual = residual,
-                   .residual_stride = residual_stride,
-                   .y = y,
-                   .y_stride = y_stride});
   }
 
   void norm(const Norm& n, const float* x, int count, float* y) const {
