@@ -68,7 +68,7 @@ def finetune(config: str | None, **flags) -> None:
     found = [name for name in METRICS if name in r]
     table = Table(*(METRICS[name] for name in found), "texts tested", "texts trained", "seconds")
     table.add_row(
-        *(f"{r[name]:.4f}" for name in found),
+        *("not defined" if r[name] is None else f"{r[name]:.4f}" for name in found),
         f"{r['texts_tested']:,}",
         f"{r['texts_trained']:,}",
         f"{r['training_seconds']:.0f}",

@@ -100,7 +100,7 @@ def finetune(config: FinetuneConfig) -> dict:
     seconds = time.perf_counter() - start
     metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     results = {
-        **{name: value for name, value in metrics.items() if name in METRICS},
+        **{name: None if value != value else value for name, value in metrics.items() if name in METRICS},
         "texts_tested": len(test.texts),
         "texts_trained": len(train.texts),
         "skipped": {"train": train.skipped, "test": test.skipped},

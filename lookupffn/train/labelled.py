@@ -90,7 +90,8 @@ def read_labelled(
     if reasons and not skip_bad:
         total, rows = sum(reasons.values()), "row" if sum(reasons.values()) == 1 else "rows"
         raise DataError(
-            f"{total:,} {rows} cannot be used ({'; '.join(examples)}): mend them, or leave them out by skip_bad"
+            f"{total:,} {rows} cannot be used ({'; '.join(examples)}): say the encoding, mend them, or leave them out "
+            "by skip_bad"
         )
     if not found.texts:
         raise DataError(f"{path}: no labelled text is in it")

@@ -92,6 +92,8 @@ def open_text(path: str, encoding: str, **options: Any) -> Iterator[tuple[TextIO
 
 
 def _require(where: str, columns: Sequence[str], text: Sequence[str], there: Sequence[str]) -> None:
+    if not there:
+        raise DataError(f"{where}: it is empty; the first row must name the columns")
     for column in columns:
         if there.count(column) != 1:
             found = f"{there.count(column)} columns" if column in there else "no column"

@@ -157,6 +157,15 @@ def test_a_number_is_learnt_by_regression(pretrained, tmp_path, one_thread):
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
 
 
+def test_a_correlation_with_a_constant_is_not_defined_and_no_number_in_the_results(pretrained, tmp_path):
+    path = write(tmp_path / "a.csv", [(f"fine {i}", 2.5) for i in range(8)])
+    files = {"train": path, "test": path}
+    results = finetune(config_for(pretrained, tmp_path, files, problem_type="regression", epochs=1))
+    assert results["spearman"] is None
+    written = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert written["mean_squared_error"] > 0
+
+
 @pytest.mark.parametrize("kind", ["lists", "columns"])
 def test_several_labels_a_text(pretrained, tmp_path, kind, one_thread):
     rng = random.Random(0)

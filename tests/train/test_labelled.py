@@ -78,7 +78,9 @@ def test_text_may_look_like_a_null(tmp_path):
 )
 def test_a_row_that_cannot_be_used_is_named_or_left_out(tmp_path, row, reason):
     path = lines(tmp_path / "a.jsonl", {"text": "b", "label": "y"}, row, {"text": "c", "label": "z"})
-    with pytest.raises(InputError, match=rf"1 row cannot be used \({path}:2: {reason}\): mend them, or .* skip_bad"):
+    with pytest.raises(
+        InputError, match=rf"1 row cannot be used \({path}:2: {reason}\): say the encoding, mend them, or .* skip_bad"
+    ):
         labels(path)
     found = read_labelled(path, "text", "label", CLASSES, skip_bad=True)
     assert (found.labels, found.skipped) == (["y", "z"], {reason: 1})

@@ -87,7 +87,7 @@ def test_damaged_gzip(tmp_path, name, damage):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"a\.csv: no column 'text'; set text_column to one of"),
+        (b"", r"a\.csv: it is empty; the first row must name the columns"),
         (b"body,label\n", r"a\.csv: no column 'text'; set text_column to one of: body, label"),
         (b"text,score\n", r"a\.csv: no column 'label'; set label_column to one of: text, score"),
         (b"text,text,label\n", r"a\.csv: 2 columns 'text'"),
