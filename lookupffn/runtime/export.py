@@ -26,7 +26,8 @@ def export(
 ) -> Path:
     """Writes ``model`` to ``folder`` for :class:`lookupffn.Session`; returns the folder.
 
-    ``model`` is a Hugging Face encoder, or a SentenceTransformer, whose tokenizer and pooling go along. ``linears`` is
+    ``model`` is a Hugging Face encoder (``families.FAMILIES``), or a SentenceTransformer, whose tokenizer and pooling go
+    along. ``linears`` is
     the type of dense products, ``"int8"`` or ``"float32"``, ``tables`` that of lookup tables. ``pooling`` is
     ``"mean"``, ``"cls"`` or ``"none"``.
 

@@ -149,7 +149,7 @@ class Session:
             raise InputError(f"text {int(np.argmin(lengths))} has no tokens: every text needs at least one")
         positions = None
         if rule == "ids":
-            real = (ids != int(self.metadata["pad_token_id"])) & mask
+            real = ids != int(self.metadata["pad_token_id"])
             positions = (np.cumsum(real, 1) * real + d.first_position - 1).clip(0)
         elif rule == "index" and not (mask[:, :-1] >= mask[:, 1:]).all():  # padding on the left, or holes
             positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) + d.first_position

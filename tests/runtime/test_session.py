@@ -14,7 +14,19 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import BertConfig, BertModel, BertTokenizerFast, DistilBertConfig, DistilBertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    DistilBertConfig,
+    DistilBertModel,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 from typer.testing import CliRunner
 
 from lookupffn import Session, export, native
@@ -60,8 +72,22 @@ def randomised(model):
     return model.eval()
 
 
+def roberta(kind=RobertaModel, config=RobertaConfig):
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 100, "num_hidden_layers": 2}
+    sizes |= {"vocab_size": VOCAB, "max_position_embeddings": POSITIONS + 2, "pad_token_id": 1, "type_vocab_size": 1}
+    return randomised(kind(config(**sizes)))
+
+
+def distilbert():
+    sizes = {"dim": 48, "n_heads": 3, "hidden_dim": 100, "n_layers": 2, "max_position_embeddings": POSITIONS}
+    return randomised(DistilBertModel(DistilBertConfig(vocab_size=VOCAB, **sizes)))
+
+
 MODELS = {
     "bert": bert,
+    "roberta": roberta,
+    "xlm-roberta": lambda: roberta(XLMRobertaModel, XLMRobertaConfig),
+    "distilbert": distilbert,
     "bert, odd sizes": lambda: bert(width=66, heads=2, inner=7, layers=1),
     "bert, tanh": lambda: bert(act="gelu_new"),
     "bert, relu": lambda: bert(act="relu"),
@@ -227,9 +253,9 @@ def test_input_that_does_not_fit_is_named(ids, mask, message, exported):
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):
-    config = DistilBertConfig(vocab_size=99, dim=48, n_heads=3, hidden_dim=60, n_layers=1)
-    with pytest.raises(InputError, match="model_type 'distilbert' cannot be exported; known are bert, lookup_roberta"):
-        export(DistilBertModel(config), tmp_path)
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 60, "num_hidden_layers": 1}
+    with pytest.raises(InputError, match="model_type 'mpnet' cannot be exported; known are bert, distilbert,"):
+        export(MPNetModel(MPNetConfig(vocab_size=99, **sizes)), tmp_path)
     with pytest.raises(InputError, match="linears must be one of float32, int8, not 'int3'"):
         export(bert(), tmp_path, linears="int3")
     with pytest.raises(InputError, match=r"hidden_act|activation 'tanh' is none of"):

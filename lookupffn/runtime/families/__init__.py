@@ -11,7 +11,13 @@ from lookupffn.errors import InputError
 from lookupffn.runtime.graph import Graph
 
 # By transformers' `model_type`: the module here whose `graph` knows it.
-FAMILIES = {"bert": "bert", "lookup_roberta": "lookup_roberta"}
+FAMILIES = {
+    "bert": "bert",
+    "distilbert": "distilbert",
+    "lookup_roberta": "lookup_roberta",
+    "roberta": "roberta",
+    "xlm-roberta": "roberta",
+}
 
 
 def graph_of(model: nn.Module) -> Graph:

@@ -1,0 +1,38 @@
+"""DistilBERT: BERT without token types, under other names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lookupffn.runtime.graph import Dense, Graph, Layer, Norm, activation_of
+
+
+def graph(model: Any) -> Graph:
+    config, body = model.config, getattr(model, "distilbert", model)
+    layers = []
+    for number, layer in enumerate(body.transformer.layer):
+        attention = layer.attention
+        query, key, value = ((p.weight, p.bias) for p in (attention.q_lin, attention.k_lin, attention.v_lin))
+        layers.append(
+            Layer(
+                attention_norm=Norm.of(layer.sa_layer_norm),
+                query=query,
+                key=key,
+                value=value,
+                output=attention.out_lin,
+                ffn_norm=Norm.of(layer.output_layer_norm),
+                ffn=Dense(layer.ffn.lin1, layer.ffn.lin2, activation_of(config.activation, f"layer {number}")),
+            )
+        )
+    return Graph(
+        family="distilbert",
+        heads=config.n_heads,
+        words=body.embeddings.word_embeddings.weight,
+        positions=body.embeddings.position_embeddings.weight,
+        types=None,
+        embedding_norm=Norm.of(body.embeddings.LayerNorm),
+        layers=layers,
+        final_norm=None,
+        pre_norm=False,
+        pad_token_id=config.pad_token_id or 0,
+    )
