@@ -55,18 +55,20 @@ static void quantise_rows(const QuantiseRowsArgs& a) {
       largest = select(more, bits, largest);
       where = select(more, set1((int32_t)i), where);
     }
-    int32_t bits[kLanes], place[kLanes];
-    store(bits, largest);
+    int32_t place[kLanes];
     store(place, where);
     Outliers& o = a.outliers[t];
     const int32_t most = reduce_max(largest);
+    // Their last bits give way to the lane, so that one maximum says both.
+    const i32x16 low = set1((int32_t)15);
+    i32x16 keys = bit_xor(bit_or(largest, low), bit_xor(low, load(kLaneIndex)));
     for (int k = 0; k < kOutliers; k++) {
-      int lane = 0;
-      for (int j = 1; j < kLanes; j++) lane = bits[j] > bits[lane] ? j : lane;
+      const int32_t key = reduce_max(keys);
+      const int lane = key & 15;
       o.index[k] = place[lane] + lane;
       o.value[k] = row[o.index[k]];
       row[o.index[k]] = 0.0f;
-      bits[lane] = -1;
+      keys = select(less(keys, set1(key)), keys, zero_i32());
     }
     largest = zero_i32();
     for (int i = 0; i < a.width; i += 16) largest = max_abs_bits(largest, load(row + i));

@@ -26,10 +26,9 @@ def export(
 ) -> Path:
     """Writes ``model`` to ``folder`` for :class:`lookupffn.Session`; returns the folder.
 
-    ``model`` is a Hugging Face encoder (``families.FAMILIES``), or a SentenceTransformer, whose tokenizer and pooling go
-    along. ``linears`` is
-    the type of dense products, ``"int8"`` or ``"float32"``, ``tables`` that of lookup tables. ``pooling`` is
-    ``"mean"``, ``"cls"`` or ``"none"``.
+    ``model`` is a Hugging Face encoder (``families.FAMILIES``), or a SentenceTransformer, whose tokenizer and pooling
+    go along. ``linears`` is the type of dense products, ``"int8"`` or ``"float32"``, ``tables`` that of lookup tables.
+    ``pooling`` is ``"mean"``, ``"cls"`` or ``"none"``.
 
     Raises:
         InputError: a family or an option that the runtime does not have; the message names it.
