@@ -19,7 +19,12 @@ EPS = 2.0**-24
 EXAMPLES = int(os.environ.get("LOOKUPFFN_TEST_EXAMPLES", "0"))  # of all property tests together; 0: a short run
 SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 97, 128, 130, 200]
 IMPLEMENTATIONS = [i["name"] for i in native.implementations() if i["runs_here"]]
-PAIRS = [("int8", "int8"), ("bfloat16", "int16"), ("float32", "float32")]  # tables, projection: what pack chooses
+PAIRS = [
+    ("int4", "int8"),
+    ("int8", "int8"),
+    ("bfloat16", "int16"),
+    ("float32", "float32"),
+]  # tables, projection: what pack chooses
 
 every_implementation = pytest.mark.parametrize("isa", IMPLEMENTATIONS)
 every_pair = pytest.mark.parametrize(("tables", "projection"), PAIRS)

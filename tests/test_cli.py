@@ -298,7 +298,7 @@ def test_tune_of_a_shape_times_anew_though_a_choice_is_kept(tuned):
     [
         (["nothing.safetensors"], "nothing.safetensors"),
         (["pyproject.toml"], "pyproject.toml is damaged or no file of packed layers"),
-        (["--dtype=fp4"], "tables must be one of float32, bfloat16, int8"),
+        (["--dtype=fp4"], "tables must be one of float32, bfloat16, int8, int4"),
         (["--tokens=0"], "tokens and seconds must be positive, not 0"),
         (["--code-bits=17"], "code_bits must be 1 to 16, not 17"),
     ],

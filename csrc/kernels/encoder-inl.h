@@ -43,13 +43,29 @@ LOOKUPFFN_INLINE f32x16 activate(Activation kind, f32x16 x) {
 
 // ---- Products -------------------------------------------------------------------------------------------------------
 
-static void multiply_f32(const MultiplyArgs& a) { multiply<WeightType::kFloat32>(a); }
+// A few inputs of a token, tens of times as large as the others, would take the integers of all: they are quantised as
+// 0, and finish_row adds their products in float32.
+constexpr int kOutliers = 4;
+constexpr float kOutlierRatio = 1.25f;  // of the largest input to the largest of the others, from which on it pays
+struct Outliers {
+  int count;  // 0 or kOutliers
+  int index[kOutliers];
+  float value[kOutliers];
+};
 
-static void quantise_rows(const QuantiseRowsArgs& a) {
+struct QuantisedRows {  // of a tile
+  float scale[kMaxTile];
+  Outliers outliers[kMaxTile];
+  int32_t negatives[kMaxTile];
+};
+
+// Rows of x, which are as they were when all is done, to integers.
+static void quantise_rows(const LinearArgs& a, size_t q_bytes, QuantisedRows* q) {
   for (int t = 0; t < a.tokens; t++) {
     float* row = a.x + t * a.x_stride;
+    const int width = a.w.block_in;
     i32x16 largest = zero_i32(), where = zero_i32();  // of each lane
-    for (int i = 0; i < a.width; i += 16) {
+    for (int i = 0; i < width; i += 16) {
       const i32x16 bits = abs_bits(load(row + i));
       const mask16 more = less(largest, bits);
       largest = select(more, bits, largest);
@@ -57,7 +73,7 @@ static void quantise_rows(const QuantiseRowsArgs& a) {
     }
     int32_t place[kLanes];
     store(place, where);
-    Outliers& o = a.outliers[t];
+    Outliers& o = q->outliers[t];
     const int32_t most = reduce_max(largest);
     // Their last bits give way to the lane, so that one maximum says both.
     const i32x16 low = set1((int32_t)15);
@@ -71,61 +87,59 @@ static void quantise_rows(const QuantiseRowsArgs& a) {
       keys = select(less(keys, set1(key)), keys, zero_i32());
     }
     largest = zero_i32();
-    for (int i = 0; i < a.width; i += 16) largest = max_abs_bits(largest, load(row + i));
+    for (int i = 0; i < width; i += 16) largest = max_abs_bits(largest, load(row + i));
     const Scale others = quantisation_scale(reduce_max(largest), 127.0f);
     const Scale all = quantisation_scale(most, 127.0f);
     o.count = all.scale > kOutlierRatio * others.scale || !(all.scale < __builtin_inff()) ? kOutliers : 0;
     if (o.count == 0)
       for (int k = 0; k < kOutliers; k++) row[o.index[k]] = o.value[k];
     const Scale& scale = o.count ? others : all;
-    quantise(WeightType::kInt8, row, a.width, scale.inverse, a.quantised + t * a.q_bytes);
-    a.scales[t] = scale.scale;
+    quantise(WeightType::kInt8, row, width, scale.inverse, a.quantised + t * q_bytes);
+    q->scale[t] = scale.scale;
     for (int k = 0; k < o.count; k++) row[o.index[k]] = o.value[k];
   }
+  sum_negatives(a.quantised, q_bytes, a.w.block_in, a.tokens, q->negatives);
 }
 
+constexpr int kSlice = 64;  // outputs whose sums and weights stay in L1 from the product to what is done with them
+
+// y = activation(scale * sums + outliers' products + bias) + residual, for a slice of the outputs of token t.
 template <bool kScaled, bool kResidual>
-LOOKUPFFN_INLINE void finish_row(const FinishRowsArgs& a, Activation kind, int t) {
-  const float* sums = a.sums + t * a.sums_stride;
-  float* y = a.y + t * a.y_stride;
-  const f32x16 scale = set1(kScaled ? a.scales[t] : 1.0f);
-  const bool apart = kScaled && a.outliers[t].count;
-  const uint8_t* column[kOutliers];  // of the first panel
+LOOKUPFFN_INLINE void finish_row(const LinearArgs& a, const QuantisedRows* q, Activation kind, int first, int t) {
+  const float* sums = a.sums + t * kSlice;
+  const f32x16 scale = set1(kScaled ? q->scale[t] : 1.0f);
+  const bool apart = kScaled && q->outliers[t].count;
+  const uint8_t* column[kOutliers];  // of the slice's first panel
   f32x16 value[kOutliers];
   int byte[kOutliers];
-  const int group = kScaled ? panels_of_group(a.weights->block_out) : 1;
-  const size_t group_bytes = kScaled ? (size_t)group * a.weights->block_in / 4 * 64 : 0;
 #pragma GCC unroll 4
   for (int k = 0; k < kOutliers && apart; k++) {
-    const int index = a.outliers[t].index[k];
-    column[k] = a.weights->words + (size_t)(index / 4) * group * 64;
-    value[k] = set1(a.outliers[t].value[k]);
+    const int index = q->outliers[t].index[k];
+    column[k] = a.w.words + (size_t)first * a.w.block_in + (size_t)(index / 4) * 4 * kSlice;
+    value[k] = set1(q->outliers[t].value[k]);
     byte[k] = index % 4;
   }
-  for (int i = 0; i < a.width; i += 16) {
+  for (int i = 0; i < kSlice; i += 16) {
     f32x16 v = load(sums + i);
     if (kScaled) v = mul(v, scale);
     if (apart) {
-      const int panel = i / 16;
-      const size_t at = (size_t)(panel / group) * group_bytes + (size_t)(panel % group) * 64;
       f32x16 sum = zero_f32();
 #pragma GCC unroll 4
       for (int k = 0; k < kOutliers; k++)
-        sum = fma(value[k], to_float(byte_of(load_bytes(column[k] + at), byte[k])), sum);
-      v = fma(sum, load(a.weights->scales + i), v);
+        sum = fma(value[k], to_float(byte_of(load_bytes(column[k] + 4 * i), byte[k])), sum);
+      v = fma(sum, load(a.w.scales + first + i), v);
     }
-    v = activate(kind, add(v, load(a.bias + i)));
-    if (kResidual) v = add(v, load(a.residual + t * a.residual_stride + i));
-    store(y + i, v);
+    v = activate(kind, add(v, load(a.bias + first + i)));
+    if (kResidual) v = add(v, load(a.residual + t * a.residual_stride + first + i));
+    store(a.y + t * a.y_stride + first + i, v);
   }
 }
 
-static void finish_rows(const FinishRowsArgs& a) {
+template <bool kScaled>
+static void finish_rows(const LinearArgs& a, const QuantisedRows* q, int first) {
   const auto run = [&](Activation kind) __attribute__((always_inline)) {
     for (int t = 0; t < a.tokens; t++)
-      a.residual ? a.scales ? finish_row<true, true>(a, kind, t) : finish_row<false, true>(a, kind, t)
-      : a.scales ? finish_row<true, false>(a, kind, t)
-                 : finish_row<false, false>(a, kind, t);
+      a.residual ? finish_row<kScaled, true>(a, q, kind, first, t) : finish_row<kScaled, false>(a, q, kind, first, t);
   };
   switch (a.activation) {
     case Activation::kGelu: return run(Activation::kGelu);
@@ -135,6 +149,42 @@ static void finish_rows(const FinishRowsArgs& a) {
     default: return run(Activation::kNone);
   }
 }
+
+static void linear_f32(const LinearArgs& a) {
+  MultiplyArgs product = {.w = a.w,
+                          .x = (const uint8_t*)a.x,
+                          .x_bytes = 4 * a.x_stride,
+                          .tokens = a.tokens,
+                          .y = a.sums,
+                          .y_stride = kSlice};
+  product.w.block_out = kSlice;
+  for (int first = 0; first < a.w.block_out; first += kSlice) {
+    product.w.words = a.w.words + (size_t)first * a.w.block_in * 4;
+    multiply<WeightType::kFloat32>(product);
+    finish_rows<false>(a, nullptr, first);
+  }
+}
+
+static void linear_i8(const LinearArgs& a) {
+  QuantisedRows q;
+  const size_t q_bytes = (size_t)a.w.block_in * kActivationPlanes;
+  quantise_rows(a, q_bytes, &q);
+  MultiplyArgs product = {
+      .w = a.w, .x = a.quantised, .x_bytes = q_bytes, .tokens = a.tokens, .y = a.sums, .y_stride = kSlice};
+  product.w.block_out = kSlice;
+  for (int first = 0; first < a.w.block_out; first += kSlice) {
+    product.w.words = a.w.words + (size_t)first * a.w.block_in;
+    product.w.scales = a.w.scales + first, product.w.offsets = a.w.offsets + first;
+#ifdef LOOKUPFFN_TILES
+    multiply_on_tiles(product);
+#else
+    multiply_one_block<WeightType::kInt8>(product, 0, a.quantised, q.negatives, a.sums);
+#endif
+    finish_rows<true>(a, &q, first);
+  }
+}
+
+static void linear(const LinearArgs& a) { a.type == WeightType::kInt8 ? linear_i8(a) : linear_f32(a); }
 
 // ---- Norms ----------------------------------------------------------------------------------------------------------
 

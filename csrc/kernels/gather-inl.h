@@ -19,11 +19,12 @@ static void prefetch_rows(const PrefetchArgs& a) {
   }
 }
 
-// kSums vectors of sums, a slice, and the bias to one row of y.
+// kSums vectors of sums, the outputs from `first` on, and their bias to one row of y.
 template <int kSums>
-LOOKUPFFN_INLINE void write_slice(const GatherArgs& a, int64_t token, const f32x16* sum) {
-  const int first = a.slice * kSums * 16, left = a.out_features - first;
+LOOKUPFFN_INLINE void write_outputs(const GatherArgs& a, int64_t token, int first, const f32x16* sum) {
+  const int left = a.out_features - first;
   const bool whole = left >= kSums * 16;
+  if (left <= 0) return;
   const int64_t start = (a.y_token + token) * a.y.stride + first;
   if (a.y.bfloat16) {
     uint16_t narrow[kSums * 16], *row = (uint16_t*)a.y.data + start;
@@ -40,47 +41,57 @@ LOOKUPFFN_INLINE void write_slice(const GatherArgs& a, int64_t token, const f32x
 // A type of rows: its scores and sums, and how the rows that some tables of a group give to one read are added.
 // `next`: the codes of the token whose rows are prefetched.
 
-// kLines cache lines a slice. Four tables at a time through the 8-bit dot product, sums exact.
-template <int kLines>
-struct Int8Rows {
+// kLines cache lines of a slice. Four tables at a time through the 8-bit dot product, sums exact. Of int4 a line is two
+// of int8, times 16: the low and the high halves of its bytes; its outputs are so many that lines are summed in turn.
+template <TableType kType, int kLines>
+struct IntegerRows {
   typedef uint8_t Score;
   typedef i32x16 Sum;
   typedef int32_t Saved;
-  static constexpr int kSums = kLines * 4;
-  static constexpr size_t kBytes = kLines * 64;
+  static constexpr bool kHalves = kType == TableType::kInt4;
+  static constexpr int kParts = kHalves ? kLines : 1;
+  static constexpr int kSums = kHalves ? 8 : kLines * 4;  // of a part
+  static constexpr size_t kBytes = kLines * 64, kPartBytes = kBytes / kParts;
   static LOOKUPFFN_INLINE Sum zero() { return zero_i32(); }
+
+  static LOOKUPFFN_INLINE void add_four(Sum* sum, const uint8_t* const* row, const Score* score) {
+    for (size_t line = 0; line < kPartBytes; line += 64) {
+      const bytes64 a = load_bytes(row[0] + line), b = load_bytes(row[1] + line), c = load_bytes(row[2] + line),
+                    d = load_bytes(row[3] + line);
+      if (kHalves) {
+        dot4_rows(sum, low_halves(a), low_halves(b), low_halves(c), low_halves(d), score);
+        dot4_rows(sum + 4, high_halves(a), high_halves(b), high_halves(c), high_halves(d), score);
+      } else {
+        dot4_rows(sum + line / 16, a, b, c, d, score);
+      }
+    }
+  }
 
   template <bool kPrefetch>
   static LOOKUPFFN_INLINE void add_rows(Sum* sum, const uint8_t* table, size_t table_bytes, int tables,
                                         const uint16_t* code, const Score* score, const uint16_t* next) {
+    const uint8_t* row[4];
     int t = 0;
     for (; t + 4 <= tables; t += 4, table += 4 * table_bytes) {
-      const uint8_t* row0 = table + (size_t)code[t] * kBytes;
-      const uint8_t* row1 = table + table_bytes + (size_t)code[t + 1] * kBytes;
-      const uint8_t* row2 = table + 2 * table_bytes + (size_t)code[t + 2] * kBytes;
-      const uint8_t* row3 = table + 3 * table_bytes + (size_t)code[t + 3] * kBytes;
+      for (int k = 0; k < 4; k++) row[k] = table + k * table_bytes + (size_t)code[t + k] * kBytes;
       if (kPrefetch)
         for (int k = 0; k < 4; k++)
-          for (int line = 0; line < kLines; line++)
-            prefetch(table + k * table_bytes + (size_t)next[t + k] * kBytes + line * 64);
-      for (int line = 0; line < kLines; line++)
-        dot4_rows(sum + 4 * line, load_bytes(row0 + line * 64), load_bytes(row1 + line * 64),
-                  load_bytes(row2 + line * 64), load_bytes(row3 + line * 64), score + t);
+          for (size_t line = 0; line < kPartBytes; line += 64)
+            prefetch(table + k * table_bytes + (size_t)next[t + k] * kBytes + line);
+      add_four(sum, row, score + t);
     }
     if (t < tables) {  // one to three tables are left; the padded scores are 0, their row any row
-      const uint8_t* row[4];
       for (int k = 0; k < 4; k++)
         row[k] = t + k < tables ? table + k * table_bytes + (size_t)code[t + k] * kBytes : table;
-      for (int line = 0; line < kLines; line++)
-        dot4_rows(sum + 4 * line, load_bytes(row[0] + line * 64), load_bytes(row[1] + line * 64),
-                  load_bytes(row[2] + line * 64), load_bytes(row[3] + line * 64), score + t);
+      add_four(sum, row, score + t);
     }
   }
 
-  static LOOKUPFFN_INLINE void finish(const GatherArgs& a, int64_t token, const Sum* sum) {
+  static LOOKUPFFN_INLINE void finish(const GatherArgs& a, int64_t token, int first, const Sum* sum) {
+    const f32x16 scale = set1(a.score_scales[token] * (kHalves ? 0.0625f : 1.0f));
     f32x16 out[kSums];
-    for (int i = 0; i < kSums; i++) out[i] = mul(to_float(sum[i]), set1(a.score_scales[token]));
-    write_slice<kSums>(a, token, out);
+    for (int i = 0; i < kSums; i++) out[i] = mul(to_float(sum[i]), scale);
+    write_outputs<kSums>(a, token, first, out);
   }
 };
 
@@ -89,7 +100,8 @@ struct FloatRows {
   typedef float Score;
   typedef f32x16 Sum;
   typedef float Saved;
-  static constexpr int kSums = kVectors;
+  static constexpr int kParts = 1, kSums = kVectors;
+  static constexpr size_t kPartBytes = 0;
   static constexpr size_t kBytes = kSums * 16 * (kType == TableType::kFloat32 ? 4 : 2);
   static LOOKUPFFN_INLINE Sum zero() { return zero_f32(); }
 
@@ -113,54 +125,58 @@ struct FloatRows {
     }
   }
 
-  static LOOKUPFFN_INLINE void finish(const GatherArgs& a, int64_t token, const Sum* sum) {
-    write_slice<kSums>(a, token, sum);
+  static LOOKUPFFN_INLINE void finish(const GatherArgs& a, int64_t token, int first, const Sum* sum) {
+    write_outputs<kSums>(a, token, first, sum);
   }
 };
 
 template <typename RowType, bool kPrefetch>
 static void gather_tokens(const GatherArgs& args) {
   const GatherArgs a = args;  // a copy that no store below can change, so that it stays in registers
-  constexpr int kSums = RowType::kSums;
+  constexpr int kSums = RowType::kSums, kParts = RowType::kParts, kOutputs = kSums * 16;
   const int num_tables = a.tables.num_tables, reads = a.tables.reads, slots = a.tables.slots();
   const size_t table_bytes = (size_t)a.tables.table_rows * RowType::kBytes;
   const uint8_t* const first_table = a.tables.of_slice(a.slice) + (size_t)a.first * 16 * table_bytes;
   const bool starts = a.first == 0, ends = a.last == groups_of(num_tables);
   for (int64_t token = a.begin; token < a.end; token++) {
     const size_t slot = (size_t)token * slots + (size_t)a.first * reads * 16;
-    const uint16_t* code = a.codes + slot;
-    const auto* score = (const typename RowType::Score*)a.scores + slot;
-    const uint16_t* next = code + (token + a.prefetch_tokens < a.end ? a.prefetch_tokens : 0) * (int64_t)slots;
-    auto* saved = (typename RowType::Saved*)a.sums + (token - a.begin) * kSums * 16;
-    typename RowType::Sum sum[kSums];
-    for (int i = 0; i < kSums; i++) sum[i] = starts ? RowType::zero() : load(saved + 16 * i);
-    const uint8_t* table = first_table;
-    for (int g = a.first; g < a.last; g++, table += 16 * table_bytes) {
-      const int tables = tables_of_group(num_tables, g);
-      for (int n = 0; n < reads; n++, code += 16, score += 16, next += 16)
-        if (tables == 16)  // for all but the last group: a number that the compiler knows
-          RowType::template add_rows<kPrefetch>(sum, table, table_bytes, 16, code, score, next);
-        else
-          RowType::template add_rows<kPrefetch>(sum, table, table_bytes, tables, code, score, next);
+    for (int part = 0; part < kParts; part++) {
+      const uint16_t* code = a.codes + slot;
+      const auto* score = (const typename RowType::Score*)a.scores + slot;
+      const uint16_t* next = code + (token + a.prefetch_tokens < a.end ? a.prefetch_tokens : 0) * (int64_t)slots;
+      auto* saved = (typename RowType::Saved*)a.sums + ((token - a.begin) * kParts + part) * kOutputs;
+      typename RowType::Sum sum[kSums];
+      for (int i = 0; i < kSums; i++) sum[i] = starts ? RowType::zero() : load(saved + 16 * i);
+      const uint8_t* table = first_table + part * RowType::kPartBytes;
+      for (int g = a.first; g < a.last; g++, table += 16 * table_bytes) {
+        const int tables = tables_of_group(num_tables, g);
+        for (int n = 0; n < reads; n++, code += 16, score += 16, next += 16)
+          if (tables == 16)  // for all but the last group: a number that the compiler knows
+            RowType::template add_rows<kPrefetch>(sum, table, table_bytes, 16, code, score, next);
+          else
+            RowType::template add_rows<kPrefetch>(sum, table, table_bytes, tables, code, score, next);
+      }
+      if (ends)
+        RowType::finish(a, token, (a.slice * kParts + part) * kOutputs, sum);
+      else
+        for (int i = 0; i < kSums; i++) store(saved + 16 * i, sum[i]);
     }
-    if (ends)
-      RowType::finish(a, token, sum);
-    else
-      for (int i = 0; i < kSums; i++) store(saved + 16 * i, sum[i]);
   }
 }
 
-template <int kSums, bool kPrefetch>
+template <int kLines, bool kPrefetch>  // lines of int8 or int4
 static void gather_any(const GatherArgs& a) {
   switch (a.tables.type) {
-    case TableType::kInt8: return gather_tokens<Int8Rows<kSums / 4>, kPrefetch>(a);
-    case TableType::kBFloat16: return gather_tokens<FloatRows<TableType::kBFloat16, kSums>, kPrefetch>(a);
-    default: return gather_tokens<FloatRows<TableType::kFloat32, kSums>, kPrefetch>(a);
+    case TableType::kInt8: return gather_tokens<IntegerRows<TableType::kInt8, kLines>, kPrefetch>(a);
+    case TableType::kInt4: return gather_tokens<IntegerRows<TableType::kInt4, kLines>, kPrefetch>(a);
+    case TableType::kBFloat16: return gather_tokens<FloatRows<TableType::kBFloat16, 4 * kLines>, kPrefetch>(a);
+    default: return gather_tokens<FloatRows<TableType::kFloat32, 4 * kLines>, kPrefetch>(a);
   }
 }
 
 static void gather(const GatherArgs& a) {
   LOOKUPFFN_LOOP(rows);
-  if (a.tables.slice == 64) return a.prefetch_tokens ? gather_any<4, true>(a) : gather_any<4, false>(a);
-  return a.prefetch_tokens ? gather_any<8, true>(a) : gather_any<8, false>(a);
+  const bool narrow = a.tables.slice == (a.tables.type == TableType::kInt4 ? 128 : 64);
+  if (narrow) return a.prefetch_tokens ? gather_any<1, true>(a) : gather_any<1, false>(a);
+  return a.prefetch_tokens ? gather_any<2, true>(a) : gather_any<2, false>(a);
 }

@@ -10,16 +10,20 @@ namespace lookupffn {
 
 constexpr int kLanes = 16;       // outputs of a panel of packed weights; tables of a group
 constexpr int kMaxTile = 96;     // tokens that are projected at once
-constexpr int kMaxSlice = 128;   // outputs of a slice of packed tables: 64 or 128
+constexpr int kMaxSlice = 256;   // outputs of a slice of packed tables: 64 or 128, of int4 128 or 256
+constexpr int kMaxPlanes = 2;    // bytes of an int8 activation as products take it
 constexpr int kMaxReads = 4;     // buckets of a table that a token reads
 constexpr int kTrainSlice = 64;  // outputs of a table that training reads at once
 constexpr int32_t kLaneIndex[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 enum class WeightType : int32_t { kFloat32 = 0, kInt16 = 1, kInt8 = 2 };
-enum class TableType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+enum class TableType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
 inline size_t element_size(WeightType t) { return t == WeightType::kFloat32 ? 4 : t == WeightType::kInt16 ? 2 : 1; }
-inline size_t element_size(TableType t) { return t == TableType::kFloat32 ? 4 : t == TableType::kBFloat16 ? 2 : 1; }
+inline int bits_of(TableType t) {
+  return t == TableType::kFloat32 ? 32 : t == TableType::kBFloat16 ? 16 : t == TableType::kInt8 ? 8 : 4;
+}
+inline bool is_integer(TableType t) { return t >= TableType::kInt8; }  // weighed by quantised scores
 inline int groups_of(int num_tables) { return (num_tables + kLanes - 1) / kLanes; }
 // Panels of packed weights whose words come in turn.
 inline int panels_of_group(int block_out) { return block_out >= 64 ? 4 : block_out / kLanes; }
@@ -44,10 +48,10 @@ struct BlockWeights {
 
 struct MultiplyArgs {
   BlockWeights w;
-  const uint8_t* x;  // [tokens][blocks * block_in] activations q as q + 128, rows x_bytes apart
-  size_t x_bytes;
-  int tokens;  // at most kMaxTile
-  float* y;    // [tokens][blocks * block_out] scale * sum of w q, rows y_stride apart
+  const uint8_t* x;  // [tokens][blocks * block_in] activations, -127 to 127, in the implementation's form
+  size_t x_bytes;    // of a row: blocks * block_in * activation_planes
+  int tokens;        // at most kMaxTile
+  float* y;          // [tokens][blocks * block_out] scale * sum of w q, rows y_stride apart
   size_t y_stride;
 };
 
@@ -101,8 +105,8 @@ struct TableSlices {
   int slice;            // outputs of a slice, 64 or 128
   const uint8_t* rows;  // [slices][num_tables][table_rows][slice]
 
-  int slots() const { return groups_of(num_tables) * reads * kLanes; }     // codes and scores of a token
-  size_t row_bytes() const { return size_t(slice) * element_size(type); }  // of one slice
+  int slots() const { return groups_of(num_tables) * reads * kLanes; }    // codes and scores of a token
+  size_t row_bytes() const { return size_t(slice) * bits_of(type) / 8; }  // of one slice
   size_t table_bytes() const { return size_t(table_rows) * row_bytes(); }
   const uint8_t* of_slice(int index) const { return rows + size_t(index) * num_tables * table_bytes(); }
 };
@@ -129,8 +133,8 @@ struct GatherArgs {
   int first, last;            // groups; sums go through `sums` from call to call, that with the last group writes y
   int64_t begin, end;         // tokens
   const uint16_t* codes;      // [tokens][slots]
-  const void* scores;         // [tokens][slots] uint8 for int8 tables, else float
-  const float* score_scales;  // [tokens], int8 only
+  const void* scores;         // [tokens][slots] uint8 for integer tables, else float
+  const float* score_scales;  // [tokens], integer tables only
   void* sums;                 // [end - begin][slice], of four bytes each
   Rows y;
   int64_t y_token;  // row of y that is token 0
@@ -140,8 +144,10 @@ struct GatherArgs {
 };
 
 struct InferenceKernels {
-  // One product of int8 weights.
+  // One product of int8 weights. Activations q come as q + 128; with two planes as |q|, and behind a row of these the
+  // masks, 255 where q < 0.
   void (*multiply_i8)(const MultiplyArgs&);
+  int activation_planes;
 
   // z of some tokens for the repeats [first, last).
   void (*project)(const Projection&, const ProjectArgs&);
@@ -152,7 +158,8 @@ struct InferenceKernels {
   // Prefetches the rows of one token's codes into L2.
   void (*prefetch_rows)(const PrefetchArgs&);
 
-  // One token, int8 tables: scores times the tables' scales as integers of 0 to 127. Returns what one of them is worth.
+  // One token, integer tables: scores times the tables' scales as integers of 0 to 127. Returns what one of them is
+  // worth.
   float (*quantise_scores)(const QuantiseScoresArgs&);
 
   // y of some tokens, outputs of one slice: reference.gather.
@@ -164,39 +171,21 @@ struct InferenceKernels {
 
 enum class Activation : int32_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4 };
 
-// A few inputs of a token, tens of times as large as the others, would take the integers of all: they are quantised as
-// 0, and finish_rows adds their products.
-constexpr int kOutliers = 4;
-constexpr float kOutlierRatio = 1.25f;  // of the largest input to the largest of the others, from which on it pays
-struct Outliers {
-  int32_t count;  // 0 or kOutliers
-  int32_t index[kOutliers];
-  float value[kOutliers];
-};
-
-struct QuantiseRowsArgs {
-  float* x;  // as it was, when all is done
-  size_t x_stride;
-  int tokens, width;
-  uint8_t* quantised;  // q + 128, q from -127 to 127, rows q_bytes apart
-  size_t q_bytes;
-  float* scales;       // [tokens] of the integers
-  Outliers* outliers;  // [tokens]
-};
-
-struct FinishRowsArgs {  // y = activation(scale * sums + outliers' products + bias) + residual; y may be sums
-  const float* sums;
-  size_t sums_stride;
-  int tokens, width;
-  const float* scales;          // [tokens], or null for 1 and no outliers
-  const Outliers* outliers;     // [tokens]
-  const BlockWeights* weights;  // of int8, with outliers
+// y = activation(x W^T + bias) + residual for a tile of tokens. Int8 weights: x is quantised by token.
+struct LinearArgs {
+  WeightType type;  // float32 or int8
+  BlockWeights w;   // one block, inputs and outputs padded to multiples of 64
   const float* bias;
   Activation activation;
+  float* x;  // rows of w.block_in; as it was, when all is done
+  size_t x_stride;
+  int tokens;             // at most kMaxTile
   const float* residual;  // or null
   size_t residual_stride;
-  float* y;
+  float* y;  // rows of w.block_out; may be the residual
   size_t y_stride;
+  uint8_t* quantised;  // scratch: [tokens][block_in][activation_planes]
+  float* sums;         // scratch: [tokens][64]
 };
 
 struct NormRowsArgs {  // y = (x - mean) / sqrt(variance + epsilon) * weight + bias, or without the mean; y may be x
@@ -248,9 +237,7 @@ struct PoolRowsArgs {  // the mean of some rows, divided by its length with `nor
 };
 
 struct EncoderKernels {
-  void (*multiply_f32)(const MultiplyArgs&);
-  void (*quantise_rows)(const QuantiseRowsArgs&);
-  void (*finish_rows)(const FinishRowsArgs&);
+  void (*linear)(const LinearArgs&);
   void (*norm_rows)(const NormRowsArgs&);
   void (*pack_head)(const PackHeadArgs&);
   void (*attend)(const AttendArgs&);
@@ -258,9 +245,8 @@ struct EncoderKernels {
   void (*pool_rows)(const PoolRowsArgs&);
 };
 
-// ---- Training
-// -------------------------------------------------------------------------------------------------------- Codes and
-// scores are int32 and float32, [token][table][read].
+// ---- Training -------------------------------------------------------------------------------------------------------
+// Codes and scores are int32 and float32, [token][table][read].
 
 struct HashRowsArgs {  // rows [begin, end) of z (rows, bits)
   const float* z;

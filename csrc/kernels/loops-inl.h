@@ -16,6 +16,7 @@
 
 static const InferenceKernels kInference = {
     .multiply_i8 = multiply_i8,
+    .activation_planes = kActivationPlanes,
     .project = project,
     .hash = hash,
     .prefetch_rows = prefetch_rows,
@@ -24,9 +25,7 @@ static const InferenceKernels kInference = {
 };
 
 static const EncoderKernels kEncoder = {
-    .multiply_f32 = multiply_f32,
-    .quantise_rows = quantise_rows,
-    .finish_rows = finish_rows,
+    .linear = linear,
     .norm_rows = norm_rows,
     .pack_head = pack_head,
     .attend = attend,

@@ -8,87 +8,136 @@ struct Product;  // sums of 16 outputs over words of the packed weights
 template <>
 struct Product<WeightType::kFloat32> {
   typedef f32x16 Sum;
+  typedef bytes64 Word;
   static LOOKUPFFN_INLINE Sum start(const int32_t*) { return zero_f32(); }
-  static LOOKUPFFN_INLINE Sum step(Sum sum, bytes64 x, bytes64 w) { return dot_f32(sum, x, w); }
+  static LOOKUPFFN_INLINE Sum of_token(Sum start, const int32_t*) { return start; }
+  static LOOKUPFFN_INLINE Word broadcast(const uint8_t* x, size_t) { return broadcast_word(x); }
+  static LOOKUPFFN_INLINE Sum step(Sum sum, Word x, bytes64 w) { return dot_f32(sum, x, w); }
   static LOOKUPFFN_INLINE f32x16 finish(Sum sum, const float*) { return sum; }
 };
 
 template <>
 struct Product<WeightType::kInt16> {
   typedef i32x16 Sum;
+  typedef bytes64 Word;
   static LOOKUPFFN_INLINE Sum start(const int32_t*) { return zero_i32(); }
-  static LOOKUPFFN_INLINE Sum step(Sum sum, bytes64 x, bytes64 w) { return dot2_i16(sum, x, w); }
+  static LOOKUPFFN_INLINE Sum of_token(Sum start, const int32_t*) { return start; }
+  static LOOKUPFFN_INLINE Word broadcast(const uint8_t* x, size_t) { return broadcast_word(x); }
+  static LOOKUPFFN_INLINE Sum step(Sum sum, Word x, bytes64 w) { return dot2_i16(sum, x, w); }
   static LOOKUPFFN_INLINE f32x16 finish(Sum sum, const float* scales) { return mul(to_float(sum), load(scales)); }
 };
 
 template <>
 struct Product<WeightType::kInt8> {
   typedef i32x16 Sum;
-  static LOOKUPFFN_INLINE Sum start(const int32_t* offsets) {  // activations come as q + 128, and may be taken as such
-    return kActivationOffset ? load(offsets) : zero_i32();
+  typedef activation4 Word;
+  static LOOKUPFFN_INLINE Sum start(const int32_t* offsets) { return kActivationOffset ? load(offsets) : zero_i32(); }
+  static LOOKUPFFN_INLINE Sum of_token(Sum start, const int32_t* negatives) {
+    return kActivationPlanes == 2 ? set1(*negatives) : start;
   }
-  static LOOKUPFFN_INLINE Sum step(Sum sum, bytes64 x, bytes64 w) { return dot4_u8i8(sum, x, w); }
+  static LOOKUPFFN_INLINE Word broadcast(const uint8_t* x, size_t plane) { return broadcast_activations(x, plane); }
+  static LOOKUPFFN_INLINE Sum step(Sum sum, Word x, bytes64 w) { return dot4_i8(sum, x, w); }
   static LOOKUPFFN_INLINE f32x16 finish(Sum sum, const float* scales) { return mul(to_float(sum), load(scales)); }
 };
 
-// kTokens x kPanels sums of `words` steps. x rows are x_bytes apart; a step of w is `group` panels of 64 bytes.
-template <WeightType kType, int kTokens, int kPanels>
-LOOKUPFFN_INLINE void multiply_tile(const uint8_t* x, size_t x_bytes, const uint8_t* w, size_t group,
-                                    const float* scales, const int32_t* offsets, int words, float* y, size_t y_stride) {
+// Panels of one block: `words` steps of w, each `group` panels of 64 bytes of which these are the first.
+struct Panels {
+  const uint8_t* x;
+  size_t x_bytes;
+  const int32_t* negatives;  // [tokens], of int8 on two planes
+  const uint8_t* w;
+  int words, group;
+  const float* scales;
+  const int32_t* offsets;
+  float* y;
+  size_t y_stride;
+};
+
+// kTokens x kPanels sums, from row t of x on. kAhead: prefetches the panels that follow, for the call that comes next.
+template <WeightType kType, int kTokens, int kPanels, bool kAhead>
+LOOKUPFFN_INLINE void multiply_tile(const Panels& a, int t) {
   typedef Product<kType> P;
+  const size_t x_bytes = a.x_bytes, step = (size_t)a.group * 64, ahead = step * a.words;
+  const uint8_t *x = a.x + t * x_bytes, *w = a.w;
   typename P::Sum sum[kTokens][kPanels];
 #pragma GCC unroll 8
   for (int p = 0; p < kPanels; p++) {
-    typename P::Sum start = P::start(offsets + 16 * p);
+    const typename P::Sum start = P::start(a.offsets + 16 * p);
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; t++) sum[t][p] = start;
+    for (int i = 0; i < kTokens; i++) sum[i][p] = P::of_token(start, a.negatives + t + i);
   }
-  for (int k = 0; k < words; k++, w += group * 64) {
+  for (int k = 0; k < a.words; k++, x += 4, w += step) {
     bytes64 weight[kPanels];
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; p++) weight[p] = load_bytes(w + 64 * p);
+    if (kAhead)
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; t++) {
-      bytes64 activation = broadcast_word(x + t * x_bytes + 4 * (size_t)k);
+      for (int p = 0; p < kPanels; p++) prefetch(w + ahead + 64 * p);
 #pragma GCC unroll 8
-      for (int p = 0; p < kPanels; p++) sum[t][p] = P::step(sum[t][p], activation, weight[p]);
+    for (int i = 0; i < kTokens; i++) {
+      const typename P::Word activation = P::broadcast(x + i * x_bytes, x_bytes / 2);
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; p++) sum[i][p] = P::step(sum[i][p], activation, weight[p]);
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < kTokens; t++)
+  for (int i = 0; i < kTokens; i++)
 #pragma GCC unroll 8
-    for (int p = 0; p < kPanels; p++) store(y + t * y_stride + 16 * p, P::finish(sum[t][p], scales + 16 * p));
+    for (int p = 0; p < kPanels; p++)
+      store(a.y + (t + i) * a.y_stride + 16 * p, P::finish(sum[i][p], a.scales + 16 * p));
 }
 
 template <WeightType kType, int kPanels>
-static void multiply_panels(const uint8_t* x, size_t x_bytes, const uint8_t* w, size_t group, const float* scales,
-                            const int32_t* offsets, int words, float* y, size_t y_stride, int tokens) {
+static void multiply_panels(const Panels& a, int tokens) {
+  constexpr bool kAhead = kType == WeightType::kInt8;
   int t = 0;
-  for (; t + kTileTokens <= tokens; t += kTileTokens)
-    multiply_tile<kType, kTileTokens, kPanels>(x + t * x_bytes, x_bytes, w, group, scales, offsets, words,
-                                               y + t * y_stride, y_stride);
-  if (kTileTokens > 2)
-    for (; t + 2 <= tokens; t += 2)
-      multiply_tile<kType, 2, kPanels>(x + t * x_bytes, x_bytes, w, group, scales, offsets, words, y + t * y_stride,
-                                       y_stride);
-  for (; t < tokens; t++)
-    multiply_tile<kType, 1, kPanels>(x + t * x_bytes, x_bytes, w, group, scales, offsets, words, y + t * y_stride,
-                                     y_stride);
+  const auto tiles = [&](auto count) __attribute__((always_inline)) {
+    constexpr int kTokens = decltype(count)::value;
+    if (t == 0 && tokens >= kTokens) multiply_tile<kType, kTokens, kPanels, kAhead>(a, 0), t = kTokens;
+    for (; t + kTokens <= tokens; t += kTokens) multiply_tile<kType, kTokens, kPanels, false>(a, t);
+  };
+  tiles(Count<kTileTokens>());
+  if (kTileTokens > 2) tiles(Count<2>());
+  tiles(Count<1>());
 }
 
-// y_block = W_block x_block for a tile of tokens, on the vector registers.
+// y = W_block x_block for a tile of tokens, on the vector registers; x and y are those of the block.
 template <WeightType kType>
-static void multiply(const MultiplyArgs& a) {
+static void multiply_one_block(const MultiplyArgs& a, int block, const uint8_t* x, const int32_t* negatives, float* y) {
   const BlockWeights& w = a.w;
   const int words = w.block_in * (int)element_size(kType) / 4, panels = w.block_out / 16;
   const int group = panels_of_group(w.block_out), wide = group % kTilePanels ? 1 : kTilePanels;
   const auto run = wide > 1 ? multiply_panels<kType, kTilePanels> : multiply_panels<kType, 1>;
-  for (int n = 0; n < w.blocks; n++)
-    for (int p = 0; p < panels; p += wide) {
-      const size_t output = (size_t)n * w.block_out + 16 * p, panel = output / 16;
-      run(a.x + (size_t)n * words * 4, a.x_bytes, w.words + ((panel - p % group) * words + p % group) * 64, group,
-          w.scales + output, w.offsets + output, words, a.y + output, a.y_stride, a.tokens);
-    }
+  for (int p = 0; p < panels; p += wide) {
+    const size_t output = (size_t)block * w.block_out + 16 * p, panel = output / 16;
+    run({.x = x,
+         .x_bytes = a.x_bytes,
+         .negatives = negatives,
+         .w = w.words + ((panel - p % group) * words + p % group) * 64,
+         .words = words,
+         .group = group,
+         .scales = w.scales + output,
+         .offsets = w.offsets + output,
+         .y = y + 16 * p,
+         .y_stride = a.y_stride},
+        a.tokens);
+  }
+}
+
+// Of each of a tile's tokens, what the sums of dot4_i8 lack; nothing with one plane.
+static void sum_negatives(const uint8_t* x, size_t x_bytes, int count, int tokens, int32_t* sums) {
+  for (int t = 0; t < tokens && kActivationPlanes == 2; t++)
+    sums[t] = sum_of_negatives(x + t * x_bytes, x_bytes / 2, count);
+}
+
+template <WeightType kType>
+static void multiply(const MultiplyArgs& a) {
+  int32_t negatives[kMaxTile];
+  for (int n = 0; n < a.w.blocks; n++) {
+    const uint8_t* const x = a.x + (size_t)n * a.w.block_in * element_size(kType);
+    if (kType == WeightType::kInt8) sum_negatives(x, a.x_bytes, a.w.block_in, a.tokens, negatives);
+    multiply_one_block<kType>(a, n, x, negatives, a.y + (size_t)n * a.w.block_out);
+  }
 }
 
 #ifdef LOOKUPFFN_TILES
@@ -224,6 +273,9 @@ LOOKUPFFN_INLINE Scale quantisation_scale(int32_t largest_bits, float levels) {
   return {levels / largest, largest / levels};
 }
 
+LOOKUPFFN_INLINE int planes_of(WeightType type) { return type == WeightType::kInt8 ? kActivationPlanes : 1; }
+
+// `width` integers as the products take them, in width * element_size(type) * planes_of(type) bytes.
 static void quantise(WeightType type, const float* values, int width, float inverse, uint8_t* out) {
   const f32x16 factor = set1(inverse);
   const auto integers = [&](int i)
@@ -235,10 +287,9 @@ static void quantise(WeightType type, const float* values, int width, float inve
   }
   for (; i + 64 <= width; i += 64) {
     const i32x16 four[4] = {integers(i), integers(i + 16), integers(i + 32), integers(i + 48)};
-    store_offset_u8(out + i, four);
+    store_activations(out + i, width, four);
   }
-  const i32x16 offset = set1((int32_t)128);
-  for (; i < width; i += 16) store_u8(out + i, add(integers(i), offset));
+  for (; i < width; i += 16) store_activations(out + i, width, integers(i));
 }
 
 // x in float32, padded with zeros to `width`.
@@ -265,7 +316,7 @@ static void load_rows(const Rows& x, int64_t token, int tokens, int features, in
 // Quantises a tile by each token's largest magnitude; scale[t] becomes that of its integers, times before[t].
 static void quantise_tile(const Projection& p, const float* values, size_t stride, int tokens, const int32_t* largest,
                           float levels, const float* before, float* scale, uint8_t* out) {
-  const size_t bytes = (size_t)p.width_in() * element_size(p.type);
+  const size_t bytes = (size_t)p.width_in() * element_size(p.type) * planes_of(p.type);
   for (int t = 0; t < tokens; t++) {
     const Scale of_token = quantisation_scale(largest[t], levels);
     quantise(p.type, values + t * stride, p.width_in(), of_token.inverse, out + t * bytes);
@@ -286,7 +337,7 @@ static void project(const Projection& p, const ProjectArgs& a) {
     return;
   }
   const bool integer = p.type != WeightType::kFloat32;
-  const size_t item = element_size(p.type), q_bytes = (size_t)width * item;
+  const size_t item = element_size(p.type), q_bytes = (size_t)width * item * planes_of(p.type);
   int32_t largest_x[kMaxTile], largest[kMaxTile];
   LOOKUPFFN_LOOP(largest_of_x);
   for (int t = 0; t < tokens && integer; t++) {

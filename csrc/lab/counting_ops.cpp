@@ -156,6 +156,7 @@ std::string count_operations(const Tensor& packed, int64_t tokens, const Tensor&
   project_calls = 0;
   const InferenceKernels kernels = {
       .multiply_i8 = counting::multiply_i8,
+      .activation_planes = counting::kActivationPlanes,
       .project = [](const Projection& q,
                     const ProjectArgs& a) { counted_stage = "project.", project_calls++, counting::project(q, a); },
       .hash = [](const HashArgs& a) { counted_stage = "hash.", counting::hash(a); },

@@ -43,9 +43,14 @@ static int64_t repeat(Instruction instruction, int64_t rounds, uint8_t* memory) 
       });
     case Instruction::kExp:  // the hash's
       return repeat_step(rounds, one, [&](f32x16 v, int) __attribute__((always_inline)) { return exp_minus_2(v); });
-    case Instruction::kDotInt8:
-      return repeat_step(rounds, zero_i32(),
-                         [&](i32x16 v, int) __attribute__((always_inline)) { return dot4_u8i8(v, bytes, bytes); });
+    case Instruction::kDotInt8: {
+      const activation4 x = broadcast_activations(memory, 0);
+      return repeat_step(rounds, zero_i32(), [&](i32x16 v, int) __attribute__((always_inline)) {
+        bytes64 w = bytes;
+        keep(w);  // else what does not depend on v would be done once
+        return dot4_i8(v, x, w);
+      });
+    }
     case Instruction::kDotInt16:
       return repeat_step(rounds, zero_i32(),
                          [&](i32x16 v, int) __attribute__((always_inline)) { return dot2_i16(v, bytes, bytes); });

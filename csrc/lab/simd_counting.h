@@ -93,7 +93,7 @@ struct mask16 { plain::mask16 v; };
 
 constexpr int kTileTokens = 6, kTilePanels = 4;  // as in simd/avx512.h
 constexpr int kQueryTile = 4, kKeyVectors = 4;
-constexpr int kActivationOffset = plain::kActivationOffset, kIndependent = plain::kIndependent;
+constexpr int kActivationOffset = plain::kActivationOffset, kActivationPlanes = 1, kIndependent = plain::kIndependent;
 
 inline f32x16 zero_f32() { return {plain::zero_f32()}; }
 inline f32x16 set1(float a) { return count(kSet1), f32x16{plain::set1(a)}; }
@@ -145,10 +145,13 @@ inline i32x16 select(mask16 m, i32x16 a, i32x16 b) { return count(kVector), i32x
 inline void store_u8(uint8_t* p, i32x16 a) { count(kShuffle), count(kStore), plain::store_u8(p, a.v); }
 inline void store_16(void* p, i32x16 a) { count(kShuffle), count(kStore), plain::store_16(p, a.v); }
 inline i32x16 load_u16(const uint16_t* p) { return count(kLoad), count(kShuffle), i32x16{plain::load_u16(p)}; }
-inline void store_offset_u8(uint8_t* p, const i32x16 a[4]) {  // three packs, one exclusive or, one permutation
-  count(kShuffle, 4), count(kVector), count(kStore);
+inline void store_activations(uint8_t* p, size_t plane, i32x16 a) {
+  count(kShuffle), count(kVector), count(kStore), plain::store_activations(p, plane, a.v);
+}
+inline void store_activations(uint8_t* p, size_t plane, const i32x16 a[4]) {
+  count(kShuffle, 4), count(kVector), count(kStore);  // three packs, one exclusive or, one permutation
   const plain::i32x16 four[4] = {a[0].v, a[1].v, a[2].v, a[3].v};
-  plain::store_offset_u8(p, four);
+  plain::store_activations(p, plane, four);
 }
 
 inline f32x16 load_bf16(const uint16_t* p) {
@@ -161,6 +164,8 @@ inline void store_bf16(uint16_t* p, f32x16 a) {
 
 inline i32x16 byte_of(bytes64 a, int i) { return count(kVector, 2), i32x16{plain::byte_of(a.v, i)}; }
 inline bytes64 load_bytes(const void* p) { return count(kLoad), count_line(p), bytes64{plain::load_bytes(p)}; }
+inline bytes64 low_halves(bytes64 a) { return count(kVector, 2), bytes64{plain::low_halves(a.v)}; }
+inline bytes64 high_halves(bytes64 a) { return count(kVector), bytes64{plain::high_halves(a.v)}; }
 inline f32x16 low_bf16(bytes64 a) { return count(kVector), f32x16{plain::low_bf16(a.v)}; }
 inline f32x16 high_bf16(bytes64 a) { return count(kVector), f32x16{plain::high_bf16(a.v)}; }
 inline void prefetch(const void* p) { count_prefetch(p); }
@@ -171,8 +176,11 @@ inline f32x16 dot_f32(f32x16 acc, bytes64 x, bytes64 w) { return count(kFma), f3
 inline i32x16 dot2_i16(i32x16 acc, bytes64 x, bytes64 w) {
   return count(kDotInt16), i32x16{plain::dot2_i16(acc.v, x.v, w.v)};
 }
-inline i32x16 dot4_u8i8(i32x16 acc, bytes64 x, bytes64 w) {
-  return count(kDotInt8), i32x16{plain::dot4_u8i8(acc.v, x.v, w.v)};
+typedef bytes64 activation4;
+inline int32_t sum_of_negatives(const uint8_t*, size_t, int) { return 0; }
+inline activation4 broadcast_activations(const uint8_t* p, size_t) { return broadcast_word(p); }
+inline i32x16 dot4_i8(i32x16 acc, activation4 x, bytes64 w) {
+  return count(kDotInt8), i32x16{plain::dot4_i8(acc.v, x.v, w.v)};
 }
 inline void dot4_rows(i32x16 acc[4], bytes64 r0, bytes64 r1, bytes64 r2, bytes64 r3, const uint8_t* scores) {
   count(kRows), count(kLoad);

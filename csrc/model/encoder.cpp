@@ -222,25 +222,19 @@ struct ChunkMemory {
 // Of a thread.
 struct ThreadMemory {
   float* rows[2];      // [tile][widest]
-  uint8_t* quantised;  // [tile][widest]
-  float* scales;       // [tile]
-  Outliers* outliers;  // [tile]
+  uint8_t* quantised;  // [tile][widest][kMaxPlanes]
   float* sums;         // [tile][64]
   float *keys, *values, *scores;
-  float* zeros;  // [padded]
   void* lookup;  // workspace of the widest lookup
 
   ThreadMemory(Carver& memory, const Encoder& e, int64_t longest, size_t lookup_bytes) {
     const EncoderConfig& c = e.config;
     for (float*& r : rows) r = memory.take<float>(size_t(kTile) * e.widest);
-    quantised = memory.take<uint8_t>(size_t(kTile) * e.widest);
-    scales = memory.take<float>(kTile);
-    outliers = memory.take<Outliers>(kTile);
+    quantised = memory.take<uint8_t>(size_t(kTile) * e.widest * kMaxPlanes);
     sums = memory.take<float>(size_t(kTile) * kPadding);
     keys = memory.take<float>(size_t(c.head_dim) * keys_stride(longest));
     values = memory.take<float>(size_t(c.head_dim) * longest);
     scores = memory.take<float>(size_t(kMaxQueryTile) * keys_stride(longest));
-    zeros = memory.take<float>(c.padded);
     lookup = memory.take<uint8_t>(lookup_bytes);
   }
 };
@@ -309,46 +303,22 @@ struct Chunk {
     });
   }
 
-  // y = activation(x W^T + bias) + residual, for at most kTile rows; y may be the residual. So many outputs at a time
-  // that their sums and weights stay in L1 from the product to what is done with it.
+  // For at most kTile rows; y may be the residual.
   void linear(const ThreadMemory& m, const Linear& l, float* x, size_t x_stride, int count, float* y, size_t y_stride,
               const float* residual = nullptr, size_t residual_stride = 0) const {
-    const EncoderKernels& k = *call.k.encoder;
-    const bool integer = l.type == WeightType::kInt8;
-    MultiplyArgs product = {.w = l.weights,
-                            .x = integer ? m.quantised : reinterpret_cast<const uint8_t*>(x),
-                            .x_bytes = integer ? size_t(l.block_in) : 4 * x_stride,
+    call.k.encoder->linear({.type = l.type,
+                            .w = l.weights,
+                            .bias = l.bias,
+                            .activation = l.activation,
+                            .x = x,
+                            .x_stride = x_stride,
                             .tokens = count,
-                            .y = m.sums,
-                            .y_stride = kPadding};
-    if (integer)
-      k.quantise_rows({.x = x,
-                       .x_stride = x_stride,
-                       .tokens = count,
-                       .width = l.block_in,
-                       .quantised = m.quantised,
-                       .q_bytes = size_t(l.block_in),
-                       .scales = m.scales,
-                       .outliers = m.outliers});
-    product.w.block_out = kPadding;
-    for (int first = 0; first < l.block_out; first += kPadding) {
-      product.w.words = l.weights.words + size_t(first) * l.block_in * element_size(l.type);
-      if (integer) product.w.scales = l.weights.scales + first, product.w.offsets = l.weights.offsets + first;
-      (integer ? call.k.inference->multiply_i8 : k.multiply_f32)(product);
-      k.finish_rows({.sums = m.sums,
-                     .sums_stride = kPadding,
-                     .tokens = count,
-                     .width = kPadding,
-                     .scales = integer ? m.scales : nullptr,
-                     .outliers = m.outliers,
-                     .weights = &product.w,
-                     .bias = l.bias + first,
-                     .activation = l.activation,
-                     .residual = residual ? residual + first : nullptr,
-                     .residual_stride = residual_stride,
-                     .y = y + first,
-                     .y_stride = y_stride});
-    }
+                            .residual = residual,
+                            .residual_stride = residual_stride,
+                            .y = y,
+                            .y_stride = y_stride,
+                            .quantised = m.quantised,
+                            .sums = m.sums});
   }
 
   void norm(const Norm& n, const float* x, int count, float* y) const {
@@ -460,19 +430,11 @@ struct Chunk {
           {memory.lookup + begin * c.padded, c.padded, false}, m.lookup, {1, nullptr, nullptr});
       for (int64_t t = begin; t < end; t += kTile) {
         const int count = int(std::min<int64_t>(kTile, end - t));
-        call.k.encoder->finish_rows({.sums = memory.lookup + t * c.padded,
-                                     .sums_stride = padded,
-                                     .tokens = count,
-                                     .width = c.padded,
-                                     .scales = nullptr,
-                                     .outliers = nullptr,
-                                     .weights = nullptr,
-                                     .bias = m.zeros,
-                                     .activation = Activation::kNone,
-                                     .residual = x_of(t),
-                                     .residual_stride = padded,
-                                     .y = x_of(t),
-                                     .y_stride = padded});
+        for (int i = 0; i < count; i++)
+          call.k.encoder->add_rows({.rows = {x_of(t + i), memory.lookup + (t + i) * c.padded},
+                                    .count = 2,
+                                    .padded = c.padded,
+                                    .y = x_of(t + i)});
         if (!c.pre_norm) norm(l.ffn_norm, x_of(t), count, x_of(t));
       }
     });
@@ -503,7 +465,6 @@ struct Chunk {
 
   void run_all() const {
     const EncoderConfig& c = config();
-    for (int thread = 0; thread < call.p.inner; thread++) std::memset(of_thread(thread).zeros, 0, 4 * size_t(c.padded));
     if (memory.lookup) std::memset(memory.lookup, 0, 4 * size_t(tokens) * c.padded);  // what pads its rows stays 0
     if (!e().layers.empty()) std::memset(memory.context, 0, 4 * size_t(tokens) * e().layers[0].output.block_in);
     FloatState state;

@@ -40,16 +40,17 @@ std::string open_layer(const void* packed, size_t bytes, Layer* layer) {
   const int64_t rows = int64_t(1) << h.code_bits;
   if (h.reads < 1 || h.reads > kMaxReads || h.reads > rows) return field("reads", h.reads);
   const bool is_signed = h.table_rows == 2 * rows;
-  // The int8 gather weighs rows by scores without a sign. Only codes of one or two bits can have negative ones.
-  const bool needs_sign = h.table_type == TableType::kInt8 && h.reads > 1 && h.code_bits < 3;
+  // Rows of integers are weighed by scores without a sign. Only codes of one or two bits can have negative ones.
+  const bool needs_sign = is_integer(h.table_type) && h.reads > 1 && h.code_bits < 3;
   if ((h.table_rows != rows && !is_signed) || is_signed != needs_sign) return field("table_rows", h.table_rows);
   if (h.weight_type < WeightType::kFloat32 || h.weight_type > WeightType::kInt8)
     return field("weight_type", int64_t(h.weight_type));
-  if (h.table_type < TableType::kFloat32 || h.table_type > TableType::kInt8)
+  if (h.table_type < TableType::kFloat32 || h.table_type > TableType::kInt4)
     return field("table_type", int64_t(h.table_type));
-  if ((h.slice != 64 && h.slice != kMaxSlice) || h.reserved != 0) return field("slice", h.slice);
-  if (h.table_type == TableType::kInt8 && int64_t(h.num_tables) * h.reads > 66000)
-    return field("num_tables", h.num_tables) + ", too many for 32-bit sums of int8 rows";
+  const int narrow = h.table_type == TableType::kInt4 ? 128 : 64;  // a cache line of int8 or int4
+  if ((h.slice != narrow && h.slice != 2 * narrow) || h.reserved != 0) return field("slice", h.slice);
+  if (is_integer(h.table_type) && int64_t(h.num_tables) * h.reads > 66000)
+    return field("num_tables", h.num_tables) + ", too many for 32-bit sums of rows";
 
   const int64_t codes = int64_t(h.num_tables) * h.code_bits;
   if (h.stages == 0) {
@@ -98,8 +99,7 @@ std::string open_layer(const void* packed, size_t bytes, Layer* layer) {
   fits = fits && product({int64_t(integer), int64_t(h.repeats), int64_t(h.stages), 4}, &size[kLevels]);
   fits = fits && product({int64_t(projects), int64_t(h.repeats), width_out, 4}, &size[kCodeBias]);
   fits = fits && product({l.slices, h.num_tables, h.table_rows, int64_t(l.tables.row_bytes())}, &size[kTables]);
-  fits =
-      fits && product({int64_t(h.table_type == TableType::kInt8), int64_t(l.groups) * kLanes, 4}, &size[kTableScales]);
+  fits = fits && product({int64_t(is_integer(h.table_type)), int64_t(l.groups) * kLanes, 4}, &size[kTableScales]);
   fits = fits && product({l.slices, h.slice, 4}, &size[kBias]);
   if (!fits) return "its sizes overflow";
 

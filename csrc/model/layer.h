@@ -24,7 +24,7 @@ struct PackedHeader {
   int32_t table_rows;           // K, or 2 K where scores may be negative: rows K to 2 K are those of 0 to K, negated
   WeightType weight_type;
   TableType table_type;
-  int32_t slice;          // outputs of a slice of the tables, 64 or 128
+  int32_t slice;          // outputs of a slice of the tables, 64 or 128, of int4 128 or 256
   int32_t reserved;       // 0
   float scale, residual;  // z = scale * product + residual * x + code_bias
   uint64_t total_bytes;
@@ -36,7 +36,7 @@ struct Layer {
   PackedHeader h;
   Projection projection;
   TableSlices tables;
-  const float* table_scales;  // [T padded to 16], int8 only
+  const float* table_scales;  // [T padded to 16], integer tables only
   const float* bias;          // [slices * slice]
 
   int z_stride;  // floats of z a token, with room for whole vectors behind the last table

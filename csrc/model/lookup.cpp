@@ -21,13 +21,13 @@ constexpr size_t kInFlightBytes = 1 << 16;
 // What waits between the two phases of a chunk, and the z of a tile whose repeats are shared out.
 struct Shared {
   uint16_t* codes;      // [chunk][slots]
-  void* scores;         // [chunk][slots] uint8 for int8 tables, else float
-  float* score_scales;  // [chunk], int8 only
+  void* scores;         // [chunk][slots] uint8 for integer tables, else float
+  float* score_scales;  // [chunk], integer tables only
   float* z;             // [tile][z_stride]
 
   Shared(Carver& memory, const Layer& l, const Plan& p)
       : codes(memory.take<uint16_t>(p.chunk * l.slots())),
-        scores(memory.take<uint8_t>(p.chunk * l.slots() * (l.h.table_type == TableType::kInt8 ? 1 : 4))),
+        scores(memory.take<uint8_t>(p.chunk * l.slots() * (is_integer(l.h.table_type) ? 1 : 4))),
         score_scales(memory.take<float>(p.chunk)),
         z(p.threads > 1 ? memory.take<float>(size_t(p.tile) * l.z_stride) : nullptr) {}
 };
@@ -112,7 +112,7 @@ struct Call {
   // Codes and scores of groups [first, last) of `tokens` tokens, the first of which is `token` of its chunk; with the
   // last group all scores quantised.
   void hash(int first, int last, const float* z, int64_t token, int tokens, float* float_scores) const {
-    const bool quantised = l.h.table_type == TableType::kInt8;
+    const bool quantised = is_integer(l.h.table_type);
     for (int t = 0; t < tokens; t++) {
       const size_t slot = size_t(token + t) * l.slots();
       uint16_t* const codes = codes_of(token + t);

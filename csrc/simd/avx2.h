@@ -8,9 +8,13 @@ struct i32x16 { __m256i a, b; };
 struct bytes64 { __m256i a, b; };
 struct mask16 { __m256i a, b; };  // all bits of a lane, or none
 
-constexpr int kTileTokens = 4;  // 4 x 1 sums of two registers each, 2 of weights and 2 of activations, of 16
-constexpr int kTilePanels = 1;
-constexpr int kActivationOffset = 128;
+#ifdef LOOKUPFFN_VNNI
+constexpr int kTileTokens = 4, kTilePanels = 1;  // sums of two registers each, 2 of weights and 2 of activations, of 16
+constexpr int kActivationOffset = 128, kActivationPlanes = 1;
+#else
+constexpr int kTileTokens = 2, kTilePanels = 2;  // 8 registers of sums, 4 of weights, 2 of activations, of 16
+constexpr int kActivationOffset = 0, kActivationPlanes = 2;
+#endif
 constexpr int kIndependent = 5;  // values that fit the registers, enough to hide an instruction's latency
 constexpr int kQueryTile = 2, kKeyVectors = 2;  // of attention: queries x 16 keys whose scores stay in registers
 
@@ -103,14 +107,32 @@ LOOKUPFFN_INLINE i32x16 load_u16(const uint16_t* p) {
           _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 
-LOOKUPFFN_INLINE void store_offset_u8(uint8_t* p, const i32x16 a[4]) {
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+LOOKUPFFN_INLINE __m256i narrow_i8(i32x16 x, i32x16 y) {
+  const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(x.a, x.b), _mm256_packs_epi32(y.a, y.b));
+  return _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+#ifdef LOOKUPFFN_VNNI
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t, i32x16 a) { store_u8(p, add(a, set1((int32_t)128))); }
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t, const i32x16 a[4]) {
   for (int i = 0; i < 4; i += 2) {
-    const __m256i low = _mm256_packs_epi32(a[i].a, a[i].b), high = _mm256_packs_epi32(a[i + 1].a, a[i + 1].b);
-    const __m256i offset = _mm256_xor_si256(_mm256_packs_epi16(low, high), _mm256_set1_epi8((char)0x80));
-    _mm256_storeu_si256((__m256i*)(p + 16 * i), _mm256_permutevar8x32_epi32(offset, order));
+    const __m256i offset = _mm256_xor_si256(narrow_i8(a[i], a[i + 1]), _mm256_set1_epi8((char)0x80));
+    _mm256_storeu_si256((__m256i*)(p + 16 * i), offset);
   }
 }
+#else
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t plane, i32x16 a) {
+  const __m128i q = _mm256_castsi256_si128(narrow_i8(a, a));
+  _mm_storeu_si128((__m128i*)p, _mm_abs_epi8(q));
+  _mm_storeu_si128((__m128i*)(p + plane), _mm_cmpgt_epi8(_mm_setzero_si128(), q));
+}
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t plane, const i32x16 a[4]) {
+  for (int i = 0; i < 4; i += 2) {
+    const __m256i q = narrow_i8(a[i], a[i + 1]);
+    _mm256_storeu_si256((__m256i*)(p + 16 * i), _mm256_abs_epi8(q));
+    _mm256_storeu_si256((__m256i*)(p + plane + 16 * i), _mm256_cmpgt_epi8(_mm256_setzero_si256(), q));
+  }
+}
+#endif
 
 LOOKUPFFN_INLINE f32x16 load_bf16(const uint16_t* p) {
   const i32x16 x = load_u16(p);
@@ -140,6 +162,13 @@ LOOKUPFFN_INLINE i32x16 byte_of(bytes64 a, int index) {
   const __m128i left = _mm_cvtsi32_si128(24 - 8 * index);
   return {_mm256_srai_epi32(_mm256_sll_epi32(a.a, left), 24), _mm256_srai_epi32(_mm256_sll_epi32(a.b, left), 24)};
 }
+LOOKUPFFN_INLINE bytes64 high_halves(bytes64 a) {
+  const __m256i high = _mm256_set1_epi8((char)0xf0);
+  return {_mm256_and_si256(a.a, high), _mm256_and_si256(a.b, high)};
+}
+LOOKUPFFN_INLINE bytes64 low_halves(bytes64 a) {
+  return high_halves({_mm256_slli_epi16(a.a, 4), _mm256_slli_epi16(a.b, 4)});
+}
 LOOKUPFFN_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 LOOKUPFFN_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
@@ -157,7 +186,10 @@ LOOKUPFFN_INLINE f32x16 dot_f32(f32x16 acc, bytes64 x, bytes64 w) {
 LOOKUPFFN_INLINE i32x16 dot2_i16(i32x16 acc, bytes64 x, bytes64 w) {
   return {_mm256_dpwssd_avx_epi32(acc.a, x.a, w.a), _mm256_dpwssd_avx_epi32(acc.b, x.b, w.b)};
 }
-LOOKUPFFN_INLINE i32x16 dot4_u8i8(i32x16 acc, bytes64 x, bytes64 w) {
+typedef bytes64 activation4;
+LOOKUPFFN_INLINE int32_t sum_of_negatives(const uint8_t*, size_t, int) { return 0; }
+LOOKUPFFN_INLINE activation4 broadcast_activations(const uint8_t* p, size_t) { return broadcast_word(p); }
+LOOKUPFFN_INLINE i32x16 dot4_i8(i32x16 acc, activation4 x, bytes64 w) {
   return {_mm256_dpbusd_avx_epi32(acc.a, x.a, w.a), _mm256_dpbusd_avx_epi32(acc.b, x.b, w.b)};
 }
 LOOKUPFFN_INLINE __m256i dot4_u7i8(__m256i acc, __m256i x, __m256i w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
@@ -165,16 +197,32 @@ LOOKUPFFN_INLINE __m256i dot4_u7i8(__m256i acc, __m256i x, __m256i w) { return _
 LOOKUPFFN_INLINE i32x16 dot2_i16(i32x16 acc, bytes64 x, bytes64 w) {
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, w.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, w.b))};
 }
-LOOKUPFFN_INLINE __m256i dot4_half(__m256i acc, __m256i x, __m256i w) {  // vpmaddubsw would saturate
-  const __m256i x_even = _mm256_and_si256(x, _mm256_set1_epi16(0xff)), x_odd = _mm256_srli_epi16(x, 8);
-  const __m256i w_even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), w_odd = _mm256_srai_epi16(w, 8);
-  return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(x_even, w_even), _mm256_madd_epi16(x_odd, w_odd)));
-}
-LOOKUPFFN_INLINE i32x16 dot4_u8i8(i32x16 acc, bytes64 x, bytes64 w) {
-  return {dot4_half(acc.a, x.a, w.a), dot4_half(acc.b, x.b, w.b)};
-}
-LOOKUPFFN_INLINE __m256i dot4_u7i8(__m256i acc, __m256i x, __m256i w) {  // 2 * 127 * 127 < 2^15: no saturation
+LOOKUPFFN_INLINE __m256i dot4_u7i8(__m256i acc, __m256i x, __m256i w) {  // 2 * 127 * 128 < 2^15: no saturation
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+}
+// Without VNNI signed products go through vpmaddubsw, whose left side is unsigned: |q| (w ^ mask), the mask all ones
+// where q < 0. There ~w = -w - 1, so that |q| is missing: sums start with the |q| of the negative ones. vpsignb would
+// not need that, but takes the multipliers' ports: a fifth slower.
+struct activation4 { __m256i magnitude, negative; };
+LOOKUPFFN_INLINE activation4 broadcast_activations(const uint8_t* p, size_t plane) {
+  return {broadcast_word(p).a, broadcast_word(p + plane).a};
+}
+LOOKUPFFN_INLINE __m256i add_products(__m256i acc, activation4 x, __m256i w) {
+  const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_xor_si256(w, x.negative));
+  const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  __asm__("vpaddd %1, %0, %0" : "+x"(acc) : "x"(fours));  // as an intrinsic GCC 12 copies and spills the sums of a tile
+  return acc;
+}
+LOOKUPFFN_INLINE i32x16 dot4_i8(i32x16 acc, activation4 x, bytes64 w) {
+  return {add_products(acc.a, x, w.a), add_products(acc.b, x, w.b)};
+}
+LOOKUPFFN_INLINE int32_t sum_of_negatives(const uint8_t* p, size_t plane, int count) {
+  __m128i sum = _mm_setzero_si128();
+  for (int i = 0; i < count; i += 16) {
+    const __m128i q = _mm_loadu_si128((const __m128i*)(p + i)), m = _mm_loadu_si128((const __m128i*)(p + plane + i));
+    sum = _mm_add_epi64(sum, _mm_sad_epu8(_mm_and_si128(q, m), _mm_setzero_si128()));
+  }
+  return _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2);
 }
 #endif
 

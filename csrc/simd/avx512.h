@@ -10,7 +10,11 @@ struct mask16 { __mmask16 v; };
 
 constexpr int kTileTokens = 6;  // 6 x 4 accumulators, 4 weights and 1 activation of 32 registers
 constexpr int kTilePanels = 4;
-constexpr int kActivationOffset = 128;
+#ifdef LOOKUPFFN_VNNI
+constexpr int kActivationOffset = 128, kActivationPlanes = 1;
+#else
+constexpr int kActivationOffset = 0, kActivationPlanes = 2;
+#endif
 constexpr int kIndependent = 16;  // values that fit the registers, enough to hide an instruction's latency
 constexpr int kQueryTile = 4, kKeyVectors = 4;  // of attention: queries x 16 keys whose scores stay in registers
 
@@ -59,13 +63,26 @@ LOOKUPFFN_INLINE i32x16 load_u16(const uint16_t* p) {
   return {_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p))};
 }
 
-LOOKUPFFN_INLINE void store_offset_u8(uint8_t* p, const i32x16 a[4]) {
+#ifdef LOOKUPFFN_VNNI
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t, i32x16 a) {
+  store_u8(p, {_mm512_add_epi32(a.v, _mm512_set1_epi32(128))});
+}
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t, const i32x16 a[4]) {
   const __m512i low = _mm512_packs_epi32(a[0].v, a[1].v), high = _mm512_packs_epi32(a[2].v, a[3].v);
   const __m512i bytes = _mm512_packs_epi16(low, high);  // of each vector four lanes in every quarter
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i offset = _mm512_xor_si512(bytes, _mm512_set1_epi8((char)0x80));
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, offset));
 }
+#else
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t plane, i32x16 a) {
+  store_u8(p, {_mm512_abs_epi32(a.v)});
+  store_u8(p + plane, {_mm512_srai_epi32(a.v, 31)});
+}
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t plane, const i32x16 a[4]) {
+  for (int i = 0; i < 4; i++) store_activations(p + 16 * i, plane, a[i]);
+}
+#endif
 
 LOOKUPFFN_INLINE f32x16 load_bf16(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(load_u16(p).v, 16))};
@@ -87,6 +104,8 @@ LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 a) {
 LOOKUPFFN_INLINE i32x16 byte_of(bytes64 a, int index) {
   return {_mm512_srai_epi32(_mm512_sll_epi32(a.v, _mm_cvtsi32_si128(24 - 8 * index)), 24)};
 }
+LOOKUPFFN_INLINE bytes64 high_halves(bytes64 a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8((char)0xf0))}; }
+LOOKUPFFN_INLINE bytes64 low_halves(bytes64 a) { return high_halves({_mm512_slli_epi16(a.v, 4)}); }
 LOOKUPFFN_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 LOOKUPFFN_INLINE void prefetch_l2(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
@@ -104,7 +123,10 @@ LOOKUPFFN_INLINE i32x16 dot2_i16(i32x16 acc, bytes64 x, bytes64 w) {
   __asm__("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(x.v), "v"(w.v));
   return acc;
 }
-LOOKUPFFN_INLINE i32x16 dot4_u8i8(i32x16 acc, bytes64 x, bytes64 w) {
+typedef bytes64 activation4;
+LOOKUPFFN_INLINE int32_t sum_of_negatives(const uint8_t*, size_t, int) { return 0; }
+LOOKUPFFN_INLINE activation4 broadcast_activations(const uint8_t* p, size_t) { return broadcast_word(p); }
+LOOKUPFFN_INLINE i32x16 dot4_i8(i32x16 acc, activation4 x, bytes64 w) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(x.v), "v"(w.v));
   return acc;
 }
@@ -113,15 +135,24 @@ LOOKUPFFN_INLINE i32x16 dot4_u7i8(i32x16 acc, bytes64 x, bytes64 w) { return {_m
 LOOKUPFFN_INLINE i32x16 dot2_i16(i32x16 acc, bytes64 x, bytes64 w) {
   return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(x.v, w.v))};
 }
-LOOKUPFFN_INLINE i32x16 dot4_u8i8(i32x16 acc, bytes64 x, bytes64 w) {  // vpmaddubsw would saturate
-  __m512i x_even = _mm512_and_si512(x.v, _mm512_set1_epi16(0xff)), x_odd = _mm512_srli_epi16(x.v, 8);
-  __m512i w_even = _mm512_srai_epi16(_mm512_slli_epi16(w.v, 8), 8), w_odd = _mm512_srai_epi16(w.v, 8);
-  __m512i sum = _mm512_add_epi32(_mm512_madd_epi16(x_even, w_even), _mm512_madd_epi16(x_odd, w_odd));
-  return {_mm512_add_epi32(acc.v, sum)};
-}
-LOOKUPFFN_INLINE i32x16 dot4_u7i8(i32x16 acc, bytes64 x, bytes64 w) {  // 2 * 127 * 127 < 2^15: no saturation
+LOOKUPFFN_INLINE i32x16 dot4_u7i8(i32x16 acc, bytes64 x, bytes64 w) {  // 2 * 127 * 128 < 2^15: no saturation
   __m512i pairs = _mm512_maddubs_epi16(x.v, w.v);
   return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+}
+struct activation4 { bytes64 magnitude, negative; };
+LOOKUPFFN_INLINE activation4 broadcast_activations(const uint8_t* p, size_t plane) {
+  return {broadcast_word(p), broadcast_word(p + plane)};
+}
+LOOKUPFFN_INLINE i32x16 dot4_i8(i32x16 acc, activation4 x, bytes64 w) {  // as in simd/avx2.h
+  return dot4_u7i8(acc, x.magnitude, {_mm512_xor_si512(w.v, x.negative.v)});
+}
+LOOKUPFFN_INLINE int32_t sum_of_negatives(const uint8_t* p, size_t plane, int count) {
+  __m128i sum = _mm_setzero_si128();
+  for (int i = 0; i < count; i += 16) {
+    const __m128i q = _mm_loadu_si128((const __m128i*)(p + i)), m = _mm_loadu_si128((const __m128i*)(p + plane + i));
+    sum = _mm_add_epi64(sum, _mm_sad_epu8(_mm_and_si128(q, m), _mm_setzero_si128()));
+  }
+  return _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2);
 }
 #endif
 

@@ -14,8 +14,9 @@ struct mask16 { uint32x4_t a, b, c, d; };  // all bits of a lane, or none
 
 constexpr int kTileTokens = 4;  // 4 x 1 sums of four registers each, 4 of weights and 4 for products, of 32
 constexpr int kTilePanels = 1;
-constexpr int kActivationOffset = 0;  // dot4_u8i8 takes its 128 off first: NEON multiplies signed by signed
-constexpr int kIndependent = 4;       // values that fit the registers, enough to hide an instruction's latency
+constexpr int kActivationOffset = 0;  // dot4_i8 takes its 128 off first: NEON multiplies signed by signed
+constexpr int kActivationPlanes = 1;
+constexpr int kIndependent = 4;  // values that fit the registers, enough to hide an instruction's latency
 constexpr int kQueryTile = 2, kKeyVectors = 2;  // of attention: queries x 16 keys whose scores stay in registers
 
 LOOKUPFFN_INLINE f32x16 set1(float s) {
@@ -93,8 +94,9 @@ LOOKUPFFN_INLINE void store_16(void* p, i32x16 x) {
 LOOKUPFFN_INLINE void store_u8(uint8_t* p, i32x16 x) {
   vst1q_u8(p, vuzp1q_u8(vreinterpretq_u8_u16(low_halves(x.a, x.b)), vreinterpretq_u8_u16(low_halves(x.c, x.d))));
 }
-LOOKUPFFN_INLINE void store_offset_u8(uint8_t* p, const i32x16 x[4]) {
-  for (int i = 0; i < 4; i++) store_u8(p + 16 * i, add(x[i], set1((int32_t)128)));
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t, i32x16 x) { store_u8(p, add(x, set1((int32_t)128))); }
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t plane, const i32x16 x[4]) {
+  for (int i = 0; i < 4; i++) store_activations(p + 16 * i, plane, x[i]);
 }
 LOOKUPFFN_INLINE i32x16 load_u16(const uint16_t* p) {
   const uint16x8_t x = vld1q_u16(p), y = vld1q_u16(p + 8), zero = vdupq_n_u16(0);
@@ -121,6 +123,10 @@ LOOKUPFFN_INLINE bytes64 load_bytes(const void* p) {
 }
 LOOKUPFFN_INLINE i32x16 as_i32(bytes64 x) { return LOOKUPFFN_1(vreinterpretq_s32_u8); }
 LOOKUPFFN_INLINE f32x16 as_f32(bytes64 x) { return LOOKUPFFN_1(vreinterpretq_f32_u8); }
+LOOKUPFFN_INLINE uint8x16_t left_4(uint8x16_t x) { return vshlq_n_u8(x, 4); }
+LOOKUPFFN_INLINE uint8x16_t high_4(uint8x16_t x) { return vandq_u8(x, vdupq_n_u8(0xf0)); }
+LOOKUPFFN_INLINE bytes64 low_halves(bytes64 x) { return LOOKUPFFN_1(left_4); }
+LOOKUPFFN_INLINE bytes64 high_halves(bytes64 x) { return LOOKUPFFN_1(high_4); }
 LOOKUPFFN_INLINE f32x16 low_bf16(bytes64 x) { return float_of(shift_16(as_i32(x))); }
 LOOKUPFFN_INLINE f32x16 high_bf16(bytes64 words) {
   const i32x16 x = as_i32(words), y = set1((int32_t)0xffff0000);
@@ -170,7 +176,10 @@ LOOKUPFFN_INLINE int32x4_t dot4(int32x4_t acc, int8x16_t x, int8x16_t w) {  // |
   return vpadalq_s16(acc, vpaddq_s16(low, high));
 }
 #endif
-LOOKUPFFN_INLINE i32x16 dot4_u8i8(i32x16 acc, bytes64 x, bytes64 w) {
+typedef bytes64 activation4;
+LOOKUPFFN_INLINE int32_t sum_of_negatives(const uint8_t*, size_t, int) { return 0; }
+LOOKUPFFN_INLINE activation4 broadcast_activations(const uint8_t* p, size_t) { return broadcast_word(p); }
+LOOKUPFFN_INLINE i32x16 dot4_i8(i32x16 acc, activation4 x, bytes64 w) {
   const uint8x16_t offset = vdupq_n_u8(128);
   return {dot4(acc.a, as_s8(veorq_u8(x.a, offset)), as_s8(w.a)), dot4(acc.b, as_s8(veorq_u8(x.b, offset)), as_s8(w.b)),
           dot4(acc.c, as_s8(veorq_u8(x.c, offset)), as_s8(w.c)), dot4(acc.d, as_s8(veorq_u8(x.d, offset)), as_s8(w.d))};

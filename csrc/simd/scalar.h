@@ -25,8 +25,10 @@ struct mask16 { Ints v; };  // -1 where true
 
 // Tokens and panels of 16 outputs that are multiplied at once: their sums stay in registers.
 constexpr int kTileTokens = 2, kTilePanels = 1;
-constexpr int kActivationOffset = 128;  // dot4_u8i8 takes activations as q + 128; this much of it is left in its result
-constexpr int kIndependent = 4;         // values that fit the registers, enough to hide an instruction's latency
+constexpr int kActivationOffset = 128;  // this much of it is left in the result of dot4_i8, which takes q + 128
+constexpr int kActivationPlanes =
+    1;                           // bytes of an activation of int8: q + 128, or |q| and, one plane on, the mask of q < 0
+constexpr int kIndependent = 4;  // values that fit the registers, enough to hide an instruction's latency
 constexpr int kQueryTile = 1, kKeyVectors = 1;  // of attention: queries x 16 keys whose scores stay in registers
 
 // From and to any address.
@@ -93,9 +95,10 @@ LOOKUPFFN_INLINE i32x16 select(mask16 m, i32x16 a, i32x16 b) { return {m.v ? a.v
 LOOKUPFFN_INLINE void store_u8(uint8_t* p, i32x16 a) { write(p, __builtin_convertvector((Words)a.v, Bytes)); }
 LOOKUPFFN_INLINE void store_16(void* p, i32x16 a) { write(p, __builtin_convertvector((Words)a.v, Halves)); }
 LOOKUPFFN_INLINE i32x16 load_u16(const uint16_t* p) { return {__builtin_convertvector(read<Halves>(p), Ints)}; }
-// 128 more than each lane of four vectors, lanes of -128 to 127.
-LOOKUPFFN_INLINE void store_offset_u8(uint8_t* p, const i32x16 a[4]) {
-  for (int i = 0; i < 4; i++) store_u8(p + 16 * i, {(Ints)((Words)a[i].v + 128)});
+// Activations of int8, lanes of -127 to 127, 16 or four times 16, as dot4_i8 takes them.
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t, i32x16 a) { store_u8(p, {(Ints)((Words)a.v + 128)}); }
+LOOKUPFFN_INLINE void store_activations(uint8_t* p, size_t plane, const i32x16 a[4]) {
+  for (int i = 0; i < 4; i++) store_activations(p + 16 * i, plane, a[i]);
 }
 
 LOOKUPFFN_INLINE f32x16 load_bf16(const uint16_t* p) { return {(Floats)((Words)load_u16(p).v << 16)}; }
@@ -123,12 +126,20 @@ LOOKUPFFN_INLINE Words high_half(Words a) { return (Words)((Ints)a >> 16); }
 LOOKUPFFN_INLINE i32x16 dot2_i16(i32x16 acc, bytes64 x, bytes64 w) {
   return {(Ints)((Words)acc.v + low_half(x.v) * low_half(w.v) + high_half(x.v) * high_half(w.v))};
 }
-LOOKUPFFN_INLINE i32x16 dot4_u8i8(i32x16 acc, bytes64 x, bytes64 w) {  // 255 * 128 < 2^15
+typedef bytes64 activation4;  // four of int8
+// What sums of dot4_i8 lack with two planes: |q| of the negative of `count` activations, a multiple of 16.
+LOOKUPFFN_INLINE int32_t sum_of_negatives(const uint8_t*, size_t, int) { return 0; }
+LOOKUPFFN_INLINE activation4 broadcast_activations(const uint8_t* p, size_t) { return broadcast_word(p); }
+LOOKUPFFN_INLINE i32x16 dot4_i8(i32x16 acc, activation4 x, bytes64 w) {  // 255 * 128 < 2^15
   const Shorts activations = (Shorts)x.v, weights = (Shorts)w.v;
   const Words even = (Words)((activations & 0xff) * ((Shorts)((Words)w.v << 8 & 0xff00ff00u) >> 8));
   const Words odd = (Words)(((activations >> 8) & 0xff) * (weights >> 8));
   return {(Ints)((Words)acc.v + low_half(even) + high_half(even) + low_half(odd) + high_half(odd))};
 }
+
+// 16 times the signed numbers in the low or high halves of bytes.
+LOOKUPFFN_INLINE bytes64 low_halves(bytes64 a) { return {a.v << 4 & 0xf0f0f0f0u}; }
+LOOKUPFFN_INLINE bytes64 high_halves(bytes64 a) { return {a.v & 0xf0f0f0f0u}; }
 
 // acc[0..3] += sum_k scores[k] * r_k for four slices of 64 int8, scores 0 to 127. Byte 16 L + 4 i + d of a slice is
 // output 16 i + 4 L + d: the order in which interleaving within 128-bit lanes delivers them.

@@ -30,7 +30,7 @@ class PackedConfig(QuantizationConfigMixin):
     Given to ``from_pretrained`` for a model that is not packed, it packs the model as it is loaded.
 
     Args:
-        tables: dtype of the tables, ``"int8"``, ``"bfloat16"`` or ``"float32"``, as :func:`lookupffn.pack` takes it.
+        tables: their dtype, ``"int4"``, ``"int8"``, ``"bfloat16"`` or ``"float32"``, as in :func:`lookupffn.pack`.
         projection: dtype of the projections, by default the one that goes with ``tables``.
         layers: where layers differ, ``{name in the base model: [tables, projection]}``; by default all are alike.
 

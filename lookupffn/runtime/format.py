@@ -27,10 +27,16 @@ from lookupffn.reference import STAGES, bh4_matrix, hadamard_matrix
 FORMAT_VERSION = 1
 LANES = 16
 WEIGHT_TYPES = {"float32": 0, "int16": 1, "int8": 2}
-TABLE_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
-PROJECTION_DTYPES = {"int8": "int8", "bfloat16": "int16", "float32": "float32"}  # by default, with tables of each dtype
+TABLE_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+LEVELS = {"int8": 127, "int4": 7}  # the largest integer of a row
+PROJECTION_DTYPES = {
+    "int4": "int8",
+    "int8": "int8",
+    "bfloat16": "int16",
+    "float32": "float32",
+}  # by default, with tables of each dtype
 _WEIGHT_DTYPES = (torch.float32, torch.int16, torch.int8)
-_TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+_TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 SECTIONS = ("weights", "weight_scales", "weight_offsets", "levels", "code_bias", "tables", "table_scales", "bias")
 _INTS = (
     "in_features", "out_features", "num_tables", "code_bits", "reads", "stages", "repeats", "blocks", "block_in",
@@ -48,9 +54,11 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 def encode(layer: LookupFFN, tables: str = "int8", projection: str = "int8") -> Tensor:
     """The packed bytes of ``layer``, a uint8 vector in aligned memory.
 
-    ``tables`` is ``"int8"`` (one scale a table, ``max |row| / 127``: each entry within half a scale of its value),
-    ``"bfloat16"`` or ``"float32"``. ``projection`` is ``"int8"`` or ``"int16"`` (one scale an output of a block;
-    activations are quantised a token and a stage at a time, by their largest magnitude) or ``"float32"``.
+    ``tables`` is ``"int8"`` (one scale a table, ``max |table| / 127``: each entry within half a scale of its value),
+    ``"int4"`` (one scale a table, that of the least sum of squared errors: each entry within half a scale of its value,
+    or 7 scales where it is larger than these), ``"bfloat16"`` or ``"float32"``. ``projection`` is ``"int8"`` or
+    ``"int16"`` (one scale an output of a block; activations are quantised a token and a stage at a time, by their
+    largest magnitude) or ``"float32"``.
 
     Raises:
         ValueError: an unknown type, or parameters that are not finite; the message names them.
@@ -81,10 +89,10 @@ def layout(config: LookupConfig, tables: str, projection: str) -> dict:
         stages, repeats, blocks = STAGES, c.repeats, c.padded_features // block_in
         scale, residual = c.decay, 1 - c.decay
     # The only codes whose scores may be negative: they read a negated row.
-    negated = tables == "int8" and c.reads > 1 and c.code_bits < 3
+    negated = tables in LEVELS and c.reads > 1 and c.code_bits < 3
     h = {name: getattr(c, name) for name in ("in_features", "out_features", "num_tables", "code_bits", "reads")} | {
         "stages": stages, "repeats": repeats, "blocks": blocks, "block_in": block_in, "block_out": block_out,
-        "table_rows": c.num_rows * (1 + negated), "slice": slice_width(c.out_features), "reserved": 0,
+        "table_rows": c.num_rows * (1 + negated), "slice": slice_width(c.out_features, tables), "reserved": 0,
         "weight_type": WEIGHT_TYPES[projection], "weight_dtype": projection,
         "table_type": TABLE_TYPES[tables], "table_dtype": tables, "scale": scale, "residual": residual,
     }  # fmt: skip
@@ -186,9 +194,9 @@ def _tables(layer: LookupFFN, h: dict) -> dict[str, Tensor]:
     pad = slices * width - c.out_features
     sections = {"bias": F.pad(layer.bias.float(), (0, pad))}
     tables = flush(layer.tables)
-    if h["table_dtype"] == "int8":
-        scales = flush(tables.abs().amax((1, 2)) / 127)
-        tables = (tables / scales[:, None, None]).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int8)
+    if most := LEVELS.get(h["table_dtype"]):
+        scales = flush(tables.abs().amax((1, 2)) / most if most == 127 else least_squares_scales(tables, most))
+        tables = (tables / scales[:, None, None]).nan_to_num(0.0, 0.0, 0.0).round().clamp(-most, most).to(torch.int8)
         sections["table_scales"] = F.pad(scales, (0, -c.num_tables % LANES))
         if h["table_rows"] == 2 * c.num_rows:
             tables = torch.cat([tables, -tables], 1)
@@ -196,12 +204,32 @@ def _tables(layer: LookupFFN, h: dict) -> dict[str, Tensor]:
         tables = tables.bfloat16()
     rows = F.pad(tables, (0, pad)).view(c.num_tables, tables.shape[1], slices, width)
     sections["tables"] = _interleave(rows.permute(2, 0, 1, 3))  # (slices, T, rows, width)
+    if h["table_dtype"] == "int4":
+        sections["tables"] = _halves(sections["tables"])
     return sections
 
 
-def slice_width(out_features: int) -> int:
-    """Outputs of a slice: 128, two cache lines of an int8 row, or 64 where 128 would pad by a sixth and more."""
-    return 128 if round_up(out_features, 128) * 6 < out_features * 7 else 64
+def least_squares_scales(tables: Tensor, most: int) -> Tensor:
+    """``(T,)`` scales at which integers of ``-most`` to ``most`` are nearest to ``tables (T, K, E)``, float64.
+
+    Of 36 shares of the largest entry, 1 to 0.3, each table takes that of the least sum of squared errors: with few
+    integers a finer step for most entries is worth more than the few that are cut off.
+    """
+    values = tables.double()
+    largest = values.abs().amax((1, 2)) / most
+    best, least = largest, torch.full_like(largest, math.inf)
+    for share in torch.linspace(1.0, 0.3, 36, dtype=torch.float64):
+        scales = (largest * share)[:, None, None]
+        rounded = (values / scales).nan_to_num(0.0, 0.0, 0.0).round().clamp(-most, most) * scales
+        error = (rounded - values).square().sum((1, 2))
+        best, least = torch.where(error < least, largest * share, best), torch.minimum(error, least)
+    return best
+
+
+def slice_width(out_features: int, tables: str) -> int:
+    """Outputs of a slice: as many as two cache lines hold of an integer row, or one where two would pad by a sixth."""
+    wide = 256 if tables == "int4" else 128
+    return wide if round_up(out_features, wide) * 6 < out_features * 7 else wide // 2
 
 
 def _interleave(rows: Tensor) -> Tensor:
@@ -215,6 +243,18 @@ def _interleave(rows: Tensor) -> Tensor:
     if rows.dtype == torch.bfloat16:
         return rows.unflatten(-1, (-1, 2, 16)).transpose(-2, -1).flatten(-3)
     return rows
+
+
+def _halves(rows: Tensor) -> Tensor:
+    """int8 numbers of -8 to 7 as int4: byte ``i`` of a line has number ``i`` in its low half, ``64 + i`` above it."""
+    low, high = rows.view(torch.uint8).unflatten(-1, (-1, 2, 64)).unbind(-2)
+    return (low & 15 | high << 4).flatten(-2)
+
+
+def _numbers(halves: Tensor) -> Tensor:
+    """The inverse of :func:`_halves`."""
+    both = torch.stack([halves << 4, halves & 0xF0], -1).view(torch.int8) >> 4
+    return both.unflatten(-2, (-1, 64)).transpose(-2, -1).flatten(-3)
 
 
 def _deinterleave(rows: Tensor) -> Tensor:
@@ -298,14 +338,15 @@ def read_header(packed: Tensor) -> dict:
 def _rules(h: dict) -> dict[str, bool]:
     """Whether each field of a header fits the others; the same rules as in csrc/model/layer.cpp."""
     rows, codes, outputs = 2 ** h["code_bits"], h["num_tables"] * h["code_bits"], h["blocks"] * h["block_out"]
-    negated = h["table_dtype"] == "int8" and h["reads"] > 1 and h["code_bits"] < 3
+    integers, line = h["table_dtype"] in LEVELS, 128 if h["table_dtype"] == "int4" else 64
+    negated = integers and h["reads"] > 1 and h["code_bits"] < 3
     square = h["stages"] == 4 or h["blocks"] > 1 or h["residual"] != 0
     rules = {
         "reads": h["reads"] <= min(ops.MAX_READS, rows),
         "table_rows": h["table_rows"] == rows * (1 + negated),
-        "slice": h["slice"] in (64, 128),
+        "slice": h["slice"] in (line, 2 * line),
         "reserved": h["reserved"] == 0,
-        "num_tables": codes <= 1 << 28 and (h["table_dtype"] != "int8" or h["num_tables"] * h["reads"] <= 66000),
+        "num_tables": codes <= 1 << 28 and (not integers or h["num_tables"] * h["reads"] <= 66000),
         "stages": h["stages"] in (0, 1, 4),
         "scale": math.isfinite(h["scale"]),
         "residual": math.isfinite(h["residual"]),
@@ -337,7 +378,7 @@ def _section_shapes(h: dict) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     slices = -(-h["out_features"] // h["slice"])
     word = 4 // weight_dtype.itemsize
     shapes = {
-        "tables": (table_dtype, (slices, h["num_tables"], h["table_rows"], h["slice"])),
+        "tables": (table_dtype, (slices, h["num_tables"], h["table_rows"], h["slice"] // (1 + (h["table_type"] == 3)))),
         "bias": (torch.float32, (slices * h["slice"],)),
     }
     if h["stages"]:
@@ -349,7 +390,7 @@ def _section_shapes(h: dict) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
             shapes |= {"weight_scales": (torch.float32, outputs), "levels": (torch.float32, stages)}
         if h["weight_dtype"] == "int8":
             shapes["weight_offsets"] = (torch.int32, outputs)
-    if h["table_dtype"] == "int8":
+    if h["table_dtype"] in LEVELS:
         shapes["table_scales"] = (torch.float32, (round_up(h["num_tables"], LANES),))
     return shapes
 
@@ -389,6 +430,7 @@ def decode(packed: Tensor) -> Decoded:
         start = h["offset"][name]
         sections[name] = packed[start : start + h["section_bytes"][name]].view(dtype).view(shape)
     weights, table_scales, blocks = sections.get("weights"), sections.get("table_scales"), None
+    rows = _numbers(sections["tables"]) if h["table_dtype"] == "int4" else sections["tables"]
     if weights is not None:
         blocks = weights.permute(0, 1, 2, 3, 5, 6, 4, 7).reshape(*weights.shape[:3], h["block_out"], h["block_in"])
     return Decoded(
@@ -397,7 +439,7 @@ def decode(packed: Tensor) -> Decoded:
         weight_scales=sections.get("weight_scales"),
         levels=sections.get("levels"),
         code_bias=sections.get("code_bias"),
-        tables=_deinterleave(sections["tables"]).permute(1, 2, 0, 3).flatten(2)[..., : h["out_features"]],
+        tables=_deinterleave(rows).permute(1, 2, 0, 3).flatten(2)[..., : h["out_features"]],
         table_scales=None if table_scales is None else table_scales[: h["num_tables"]],
         bias=sections["bias"][: h["out_features"]],
     )

@@ -79,12 +79,13 @@ class _NoBackward(torch.autograd.Function):
 class PackedLookupFFN(nn.Module):
     """A lookup layer ready for inference on the CPU: ``x (..., in_features)`` to ``(..., out_features)``.
 
-    The function of the :class:`LookupFFN` that it was packed from, up to the rounding of the chosen types: int8
-    tables keep every entry within half a scale of its value, ``max |table| / 254``, and weigh rows by scores of seven
-    bits, whose scale is a 127th of the token's largest; codes differ only where ``|z|`` is below the error of the
-    quantised projection. The result for a token does not depend on the rest of the batch, on the number of threads or,
-    with integer tables and projection, on the processor's instruction set: bit for bit. Input in float32 or bfloat16,
-    output in the same; float64 and float16 pass through float32. No backward pass.
+    The function of the :class:`LookupFFN` that it was packed from, up to the rounding of the chosen types: int8 tables
+    keep every entry within half a scale of its value, ``max |table| / 254``; int4 tables within half of the scale that
+    has the least squared error, larger entries cut off at 7 scales. Both weigh rows by scores of seven bits, whose
+    scale is a 127th of the token's largest; codes differ only where ``|z|`` is below the error of the quantised
+    projection. The result for a token does not depend on the rest of the batch, on the number of threads or, with
+    integer tables and projection, on the processor's instruction set: bit for bit. Input in float32 or bfloat16, output
+    in the same; float64 and float16 pass through float32. No backward pass.
 
     Buffers: ``packed``, uint8: self-describing bytes (docs/format.md). Made by :func:`pack` or :func:`load_packed`.
 
@@ -127,7 +128,7 @@ class PackedLookupFFN(nn.Module):
 
     @property
     def table_dtype(self) -> str:
-        """Of the tables: ``"int8"``, ``"bfloat16"`` or ``"float32"``."""
+        """Of the tables: ``"int4"``, ``"int8"``, ``"bfloat16"`` or ``"float32"``."""
         return read_header(self.packed)["table_dtype"]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,12 +188,12 @@ def pack(
 ) -> nn.Module:
     """The fast form of a trained :class:`LookupFFN`, or of a model with every lookup layer in it packed.
 
-    ``tables`` is their dtype: ``"int8"``, ``"bfloat16"`` or ``"float32"``, or torch's own. ``projection`` is
-    ``"int8"``, ``"int16"`` (twice the bytes and time of int8, a tenth of its error) or ``"float32"``; by default int8
-    with int8 tables, int16 with bfloat16 and float32 with float32. With ``inplace`` the model's layers are replaced,
-    without it the model is copied, all but its lookup layers. Loop sizes come from the sizes of the caches; ``tune``
-    times a few on this machine, a tenth of a second the first time a shape is met, and keeps the choice
-    (``tuning.cache_file``); results do not depend on it.
+    ``tables`` is their dtype: ``"int4"`` (half the bytes of int8), ``"int8"``, ``"bfloat16"`` or ``"float32"``, or
+    torch's own. ``projection`` is ``"int8"``, ``"int16"`` (twice the bytes and time of int8, a tenth of its error) or
+    ``"float32"``; by default int8 with int4 and int8 tables, int16 with bfloat16 and float32 with float32. With
+    ``inplace`` the model's layers are replaced, without it the model is copied, all but its lookup layers. Loop sizes
+    come from the sizes of the caches; ``tune`` times a few on this machine, a tenth of a second the first time a shape
+    is met, and keeps the choice (``tuning.cache_file``); results do not depend on it.
 
     Raises:
         ValueError: no lookup layer in ``module``, an unknown dtype, parameters that are not finite, or a layer that

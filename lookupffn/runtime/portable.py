@@ -46,8 +46,8 @@ def packed_project(u: Decoded, x: Tensor) -> Tensor:
 def packed_forward(u: Decoded, x: Tensor) -> Tensor:
     """``y (B, E)`` of a packed layer, ``x (B, D)`` float32: the kernels' arithmetic in plain torch.
 
-    int8 tables: a token's scores times table scales are quantised to 0 to 127 with one scale, a 127th of the largest;
-    sums of integers are exact.
+    Integer tables: a token's scores times table scales are quantised to 0 to 127 with one scale, a 127th of the
+    largest; sums of integers are exact.
     """
     h = u.header
     z = packed_project(u, x).view(-1, h["num_tables"], h["code_bits"])

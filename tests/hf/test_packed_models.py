@@ -36,7 +36,9 @@ def packed_layers(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kinds", [("int8", "int8"), ("int8", "int16"), ("bfloat16", "int16"), ("float32", "float32")])
+@pytest.mark.parametrize(
+    "kinds", [("int4", "int8"), ("int8", "int8"), ("int8", "int16"), ("bfloat16", "int16"), ("float32", "float32")]
+)
 def test_a_packed_model_comes_back_from_its_folder_bit_for_bit(kinds, tmp_path):
     model = pack(model_with(), kinds[0], projection=kinds[1])
     model.save_pretrained(tmp_path)
@@ -105,7 +107,7 @@ def test_folders_that_are_not_what_they_say_are_refused_by_layer(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        (dict(tables="fp4"), "tables must be one of float32, bfloat16, int8, not 'fp4'"),
+        (dict(tables="fp4"), "tables must be one of float32, bfloat16, int8, int4, not 'fp4'"),
         (dict(projection="bfloat16"), "projection must be one of float32, int16, int8, not 'bfloat16'"),
         (dict(layers={"layers.0.ffn": "int8"}), r"layers\['layers.0.ffn'\] must be \[dtype of tables"),
         (dict(bits=4), r"of the fields tables, projection and layers, not \['bits'\]"),

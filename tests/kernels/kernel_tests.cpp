@@ -75,14 +75,14 @@ struct CaseSource {
   Case draw(int types, Random& random) {
     Case c = {};
     c.weights = WeightType(types % 3);
-    c.tables = TableType(types / 3 % 3);
+    c.tables = TableType(types / 3 % 4);
     c.num_tables = tables.deal(random);
     c.code_bits = bits.deal(random);
     c.out_features = outs.deal(random);
     c.stages = stages.deal(random);
     c.reads = std::min(reads.deal(random), 1 << c.code_bits);
     c.tokens = tokens.deal(random);
-    c.slice = random.pick({64, 128});
+    c.slice = random.pick({64, 128}) * (c.tables == TableType::kInt4 ? 2 : 1);
     c.x_bf16 = random.one_in(3);
     c.y_bf16 = random.one_in(3);
     while (c.num_tables > 1 && size_t(c.num_tables) << c.code_bits > 1 << 14) c.num_tables /= 2;
@@ -113,7 +113,7 @@ std::string test_layers(const Options& options) {
   CaseSource source;
   const std::vector<const Kernels*> implementations = running_here();
   const Kernels& scalar = *implementations[0];
-  const int cases = options.is_long ? 9 * 1000 : 9 * 60, checked = options.is_long ? 24 : 6;
+  const int cases = options.is_long ? 12 * 1000 : 12 * 60, checked = options.is_long ? 24 : 6;
   double most = 0;
   for (int i = 0; i < cases; i++) {
     const Case c = source.draw(i, random);
@@ -139,7 +139,7 @@ std::string test_layers(const Options& options) {
         EXPECT(same_bits(value, exact[i]), "z[%d, %zu] is %.9g, not %.9g", t, i, double(value), double(exact[i]));
       }
       check_hash(l, expected, t);
-      if (c.tables == TableType::kInt8) check_quantised(l, expected, t);
+      if (is_integer(c.tables)) check_quantised(l, expected, t);
     }
     for (const Kernels* k : implementations) {
       set_case(std::string(k->name) + ", " + c.name());
@@ -152,7 +152,7 @@ std::string test_layers(const Options& options) {
             EXPECT(same_bits(own.z[size_t(t) * l.z_stride + j], expected.z[size_t(t) * l.z_stride + j]),
                    "z[%d, %d] differs from scalar's", t, j);
         check_equal("the codes", own.codes, expected.codes);
-        if (c.tables == TableType::kInt8) check_equal("y", own.y, expected.y);
+        if (is_integer(c.tables)) check_equal("y", own.y, expected.y);
       }
       Parts same;  // of what scalar gives to hash and gather
       same.z = expected.z;
@@ -166,7 +166,7 @@ std::string test_layers(const Options& options) {
         check_equal("score_scales for the same z", same.score_scales, expected.score_scales);
         gather_part(*k, l, c.tokens, &same);
       }
-      if (c.tables == TableType::kInt8) check_equal("y for the same scores", same.y, expected.y);
+      if (is_integer(c.tables)) check_equal("y for the same scores", same.y, expected.y);
       for (int t : tokens) check_gather(l, same, t, &same.y[size_t(t) * c.out_features]);
       check_forward(*k, l, in, 0, c.tokens, c.y_bf16, own.y, random);
       if (c.tokens == 0) continue;
@@ -197,13 +197,13 @@ std::string test_hash(const Options& options) {
     for (int bits = 1; bits <= 16; bits++)
       for (int reads = 1; reads <= std::min(4, 1 << bits); reads++) {
         Case c = {};
-        c.tables = TableType(random.below(3));
+        c.tables = TableType(random.below(4));
         c.num_tables = bits > 10 ? random.between(1, 2) : random.pick({1, 5, 16, 17, 40});
         c.code_bits = bits;
         c.reads = reads;
         c.in_features = c.num_tables * bits;
         c.out_features = c.repeats = c.blocks = 1;
-        c.slice = 64;
+        c.slice = 128;
         const Packed packed = pack(c, random);
         const Layer& l = packed.l;
         constexpr int kTokens = 4;
@@ -267,13 +267,13 @@ std::string test_hash(const Options& options) {
 std::string test_batches(const Options& options) {
   Random random = {options.seed ^ 0x6c6f6e67};
   constexpr int kPeriod = 97;
-  for (int types = 0; types < 9; types++) {
+  for (int types = 0; types < 12; types++) {
     Case c = {};
     c.weights = WeightType(types % 3);
     c.tables = TableType(types / 3);
     c.in_features = 13;
     c.out_features = random.pick({3, 65, 130});
-    c.slice = random.pick({64, 128});
+    c.slice = random.pick({64, 128}) * (c.tables == TableType::kInt4 ? 2 : 1);
     c.num_tables = 33;
     c.code_bits = 3;
     c.reads = 2;
@@ -321,16 +321,16 @@ std::string test_batches(const Options& options) {
 
 std::vector<Case> small_cases() {
   std::vector<Case> cases;
-  for (int i = 0; i < 27; i++) {
+  for (int i = 0; i < 36; i++) {
     Case c = {};
     c.weights = WeightType(i % 3);
-    c.tables = TableType(i / 3 % 3);
-    c.stages = i / 9 == 2 ? 4 : i / 9;
+    c.tables = TableType(i / 3 % 4);
+    c.stages = i / 12 == 2 ? 4 : i / 12;
     c.code_bits = 1 + i % 4;
     c.num_tables = i % 2 ? 3 : 17;
     c.reads = std::min(1 + i % 4, 1 << c.code_bits);
     c.out_features = i % 5 ? 3 : 65;
-    c.slice = i % 3 ? 64 : 128;
+    c.slice = (i % 3 ? 64 : 128) * (c.tables == TableType::kInt4 ? 2 : 1);
     const int codes = c.num_tables * c.code_bits;
     c.repeats = c.blocks = 1;
     c.in_features = codes;
@@ -374,8 +374,8 @@ std::string test_refusals(const Options& options) {
     REFUSE(int, stages, -1, 2, 3, 5, kMost)
     REFUSE(int, table_rows, 0, -1, 3 * (1 << h.code_bits), kMost)
     REFUSE(int, weight_type, -1, 3)
-    REFUSE(int, table_type, -1, 3)
-    REFUSE(int, slice, 0, -64, 32, 96, 256, kMost)
+    REFUSE(int, table_type, -1, 4)
+    REFUSE(int, slice, 0, -64, 32, 96, 512, kMost, c.tables == TableType::kInt4 ? 64 : 256)
     REFUSE(int, reserved, 1, -1)
     REFUSE(float, scale, kNaN, kInfinity)
     REFUSE(float, residual, kNaN, -kInfinity)
@@ -503,7 +503,8 @@ std::string test_linear(const Options& options) {
     const int all_in = blocks * in, all_out = blocks * out, gap = random.pick({0, 4, 64});
     set_case(text("%d blocks of %d to %d, %d tokens", blocks, in, out, tokens));
     Guarded words(size_t(all_out) * in), scales(size_t(all_out) * 4), offsets(size_t(all_out) * 4);
-    Guarded x(size_t(tokens - 1) * (all_in + gap) + all_in), y((size_t(tokens - 1) * (all_out + gap) + all_out) * 4);
+    std::vector<int> q(size_t(tokens) * all_in);
+    Guarded y((size_t(tokens - 1) * (all_out + gap) + all_out) * 4);
     PackedHeader layout = {};
     layout.weight_type = WeightType::kInt8;
     layout.blocks = blocks, layout.block_in = in, layout.block_out = out;
@@ -520,9 +521,18 @@ std::string test_linear(const Options& options) {
       reinterpret_cast<float*>(scales.data())[o] = 0.5f + random.uniform();
       reinterpret_cast<int32_t*>(offsets.data())[o] = -128 * sum[o];
     }
-    for (size_t j = 0; j < x.size(); j++)
-      x.data()[j] = uint8_t(128 + (random.one_in(16) ? 127 : random.between(-127, 127)));
+    for (int& value : q) value = random.one_in(16) ? (random.one_in(2) ? -127 : 127) : random.between(-127, 127);
     for (const Kernels* k : running_here()) {
+      const int planes = k->activation_planes;
+      const size_t plane = size_t(all_in + gap);
+      Guarded x(size_t(tokens - 1) * plane * planes + plane * (planes - 1) + all_in);
+      for (int t = 0; t < tokens; t++)
+        for (int j = 0; j < all_in; j++) {
+          const int value = q[size_t(t) * all_in + j];
+          uint8_t* const at = x.data() + size_t(t) * plane * planes + j;
+          at[0] = uint8_t(planes == 1 ? value + 128 : std::abs(value));
+          if (planes == 2) at[plane] = value < 0 ? 255 : 0;
+        }
       memset(y.data(), 0xff, y.size());
       k->multiply_i8({.w = {.words = words.data(),
                             .scales = reinterpret_cast<float*>(scales.data()),
@@ -531,15 +541,14 @@ std::string test_linear(const Options& options) {
                             .block_in = in,
                             .block_out = out},
                       .x = x.data(),
-                      .x_bytes = size_t(all_in + gap),
+                      .x_bytes = plane * planes,
                       .tokens = tokens,
                       .y = reinterpret_cast<float*>(y.data()),
                       .y_stride = size_t(all_out + gap)});
       for (int t = 0; t < tokens; t++)
         for (int o = 0; o < all_out; o++) {
           int64_t exact = 0;
-          for (int j = 0; j < in; j++)
-            exact += w[size_t(o) * in + j] * (int(x.data()[size_t(t) * (all_in + gap) + o / out * in + j]) - 128);
+          for (int j = 0; j < in; j++) exact += w[size_t(o) * in + j] * q[size_t(t) * all_in + o / out * in + j];
           const float expected = float(exact) * reinterpret_cast<float*>(scales.data())[o];
           const float got = reinterpret_cast<float*>(y.data())[size_t(t) * (all_out + gap) + o];
           EXPECT(same_bits(got, expected), "%s: y[%d, %d] is %.9g, not %.9g", k->name, t, o, double(got),

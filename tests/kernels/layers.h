@@ -13,7 +13,7 @@ struct Case {
   bool x_bf16, y_bf16;
 
   std::string name() const {
-    const char* types[][3] = {{"float32", "int16", "int8"}, {"float32", "bfloat16", "int8"}};
+    const char* types[][4] = {{"float32", "int16", "int8"}, {"float32", "bfloat16", "int8", "int4"}};
     return text(
         "%s weights, %s tables, D %d, E %d, T %d, tau %d, reads %d, stages %d, R %d, n %d, blocks %d to %d, "
         "slices of %d, %d tokens, x %s, y %s",
@@ -33,9 +33,12 @@ size_t weight_index(const PackedHeader& h, int stage, int n, int o, int i) {  //
   const size_t at = (block + panel / together * together) * words + i / word * together + panel % together;
   return (at * 16 + o % 16) * word + i % word;
 }
-size_t table_index(const PackedHeader& h, int table, int row, int e) {
+size_t table_index(const PackedHeader& h, int table, int row, int e) {  // of bytes, with int4
   const int p = e % h.slice;
   int at = p;
+  if (h.table_type == TableType::kInt4)
+    return (((size_t(e / h.slice) * h.num_tables + table) * h.table_rows + row) * h.slice + p / 128 * 128) / 2 +
+           p % 16 / 4 * 16 + p % 64 / 16 * 4 + p % 4;
   if (h.table_type == TableType::kInt8) at = p / 64 * 64 + p % 16 / 4 * 16 + p % 64 / 16 * 4 + p % 4;
   if (h.table_type == TableType::kBFloat16) at = p / 32 * 32 + p % 16 * 2 + p % 32 / 16;
   return ((size_t(e / h.slice) * h.num_tables + table) * h.table_rows + row) * h.slice + at;
@@ -50,6 +53,10 @@ double weight(const Layer& l, int stage, int n, int o, int i) {
 double table_entry(const Layer& l, int table, int row, int e) {
   const size_t at = table_index(l.h, table, row, e);
   if (l.h.table_type == TableType::kInt8) return reinterpret_cast<const int8_t*>(l.tables.rows)[at];
+  if (l.h.table_type == TableType::kInt4) {
+    const int half = l.tables.rows[at] >> (e % 128 < 64 ? 0 : 4) & 15;
+    return half < 8 ? half : half - 16;
+  }
   if (l.h.table_type == TableType::kBFloat16) return from_bf16(reinterpret_cast<const uint16_t*>(l.tables.rows)[at]);
   return reinterpret_cast<const float*>(l.tables.rows)[at];
 }
@@ -62,8 +69,8 @@ struct Packed {
 
 Packed pack(const Case& c, Random& random) {
   const bool projects = c.stages > 0, integer = projects && c.weights != WeightType::kFloat32;
-  const bool int8_tables = c.tables == TableType::kInt8;
-  const bool negated = int8_tables && c.reads > 1 && c.code_bits < 3;
+  const bool integers = is_integer(c.tables);
+  const bool negated = integers && c.reads > 1 && c.code_bits < 3;
   const int rows = 1 << c.code_bits, codes = c.num_tables * c.code_bits,
             slices = (c.out_features + c.slice - 1) / c.slice;
   PackedHeader h = {{},
@@ -97,8 +104,8 @@ Packed pack(const Case& c, Random& random) {
                                   integer && c.weights == WeightType::kInt8 ? outputs * 4 : 0,
                                   integer ? stages * 4 : 0,
                                   projects ? size_t(c.repeats) * c.blocks * c.block_out * 4 : 0,
-                                  table_rows * c.slice * element_size(c.tables),
-                                  int8_tables ? round_up(c.num_tables, 16) * 4 : 0,
+                                  table_rows * c.slice * bits_of(c.tables) / 8,
+                                  integers ? round_up(c.num_tables, 16) * 4 : 0,
                                   size_t(slices) * c.slice * 4};
   h.total_bytes = round_up(sizeof h, 64);
   for (int s = 0; s < kSections; s++) {
@@ -130,19 +137,27 @@ Packed pack(const Case& c, Random& random) {
     if (c.tables == TableType::kFloat32) floats(kTables)[i] = random.uniform() - 0.5f;
     if (c.tables == TableType::kBFloat16)
       reinterpret_cast<uint16_t*>(data + h.offset[kTables])[i] = to_bf16(random.uniform() - 0.5f);
-    if (int8_tables) {
+    if (c.tables == TableType::kInt8) {
       const uint64_t r = random.next();
       data[h.offset[kTables] + i] = r & 0xf00 ? uint8_t(r) : r & 0x1000 ? 127 : 128;  // every 16th is an extreme
     }
+    if (c.tables == TableType::kInt4 && i % 2 == 0) data[h.offset[kTables] + i / 2] = uint8_t(random.next());
   }
+  const int row_bytes = c.slice * bits_of(c.tables) / 8;
   for (int s = 0; negated && s < slices; s++)
     for (int t = 0; t < c.num_tables; t++)
-      for (int i = 0; i < rows * c.slice; i++) {
+      for (int i = 0; i < rows * row_bytes; i++) {
         uint8_t* first = data + h.offset[kTables] + table_index(h, t, 0, c.slice * s) + i;
-        if (*first == 128) *first = 129;  // -128 has no negative
-        first[rows * c.slice] = uint8_t(-*first);
+        if (c.tables == TableType::kInt8) {
+          if (*first == 128) *first = 129;  // -128 has no negative
+          first[rows * row_bytes] = uint8_t(-*first);
+        } else {
+          if (*first % 16 == 8) *first += 1;  // nor has -8
+          if (*first / 16 == 8) *first += 16;
+          first[rows * row_bytes] = uint8_t((-*first & 15) | (-(*first & 0xf0) & 0xf0));
+        }
       }
-  for (int i = 0; int8_tables && i < c.num_tables; i++)
+  for (int i = 0; integers && i < c.num_tables; i++)
     floats(kTableScales)[i] = random.one_in(20) ? 0.0f : (0.5f + random.uniform()) / 128;
   for (int i = 0; i < slices * c.slice; i++) floats(kBias)[i] = i < c.out_features ? random.normal() : kNaN;
 

@@ -196,7 +196,7 @@ void hash_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {  // and
             .scores = &p->scores[size_t(t) * l.slots()]});
   p->codes = p->buckets;
   std::vector<float> scores = p->scores;
-  for (int t = 0; t < tokens && l.h.table_type == TableType::kInt8; t++) {
+  for (int t = 0; t < tokens && is_integer(l.h.table_type); t++) {
     const size_t at = size_t(t) * l.slots();
     p->score_scales[t] = k.quantise_scores({.num_tables = l.h.num_tables,
                                             .code_bits = l.h.code_bits,
@@ -212,7 +212,7 @@ void hash_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {  // and
 void gather_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {
   p->y.assign(size_t(tokens) * l.h.out_features, 0);
   const void* scores = p->scores.data();
-  if (l.h.table_type == TableType::kInt8) scores = p->quantised.data();
+  if (is_integer(l.h.table_type)) scores = p->quantised.data();
   for (int t = 0; t < tokens; t++)
     for (int slice = 0; slice < l.slices; slice++)
       k.gather({.tables = l.tables,
@@ -303,20 +303,21 @@ void check_quantised(const Layer& l, const Parts& p, int t) {
 }
 
 void check_gather(const Layer& l, const Parts& p, int t, const float* y) {
-  const bool int8 = l.h.table_type == TableType::kInt8;
+  const bool integers = is_integer(l.h.table_type);
   const int reads = l.h.reads;
   for (int e = 0; e < l.h.out_features; e++) {
     double sum = 0, magnitude = 0;
     for (int table = 0; table < l.h.num_tables; table++)
       for (int n = 0; n < reads; n++) {
         const size_t slot = size_t(t) * l.slots() + (table / 16 * reads + n) * 16 + table % 16;
-        const double product = (int8 ? p.quantised[slot] : p.scores[slot]) * table_entry(l, table, p.codes[slot], e);
+        const double product =
+            (integers ? p.quantised[slot] : p.scores[slot]) * table_entry(l, table, p.codes[slot], e);
         sum += product;
         magnitude += std::abs(product);
       }
-    if (int8) sum *= p.score_scales[t];
+    if (integers) sum *= p.score_scales[t];
     const double exact = sum + l.bias[e];
-    const double off = int8 ? 2 * std::abs(sum) : (l.h.num_tables * reads + 1) * magnitude;
+    const double off = integers ? 2 * std::abs(sum) : (l.h.num_tables * reads + 1) * magnitude;
     const double bound = kUlp * (off + std::abs(exact)) * (1 + 1e-6) + 1e-37;
     EXPECT(std::abs(y[e] - exact) <= bound, "y[%d, %d] is %.9g, not %.9g +- %.2g", t, e, double(y[e]), exact, bound);
   }

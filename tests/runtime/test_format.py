@@ -218,13 +218,22 @@ def test_tables_come_back_within_the_bound_of_their_type(config, kind):
     layer = trained(config)
     u, tables = decode(encode(layer, kind, "int8")), layer.tables.detach().double()
     largest = tables.abs().amax((1, 2), keepdim=True)
-    assert u.tables.dtype == {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[kind]
+    assert u.tables.dtype == {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(kind, torch.int8)
     assert torch.equal(u.bias, layer.bias.detach())
-    if kind == "int8":
+    if most := format.LEVELS.get(kind):
         step = u.table_scales[:, None, None].double()
         rows = u.tables.double()[:, : config.num_rows] * step
-        assert ((rows - tables).abs() <= largest / 254 * (1 + 1e-6)).all()  # half a step, as engine.py promises
-        assert torch.allclose(step, largest / 127, rtol=1e-6, atol=0)
+        assert u.tables.abs().amax() <= most
+        if kind == "int8":
+            assert ((rows - tables).abs() <= largest / 254 * (1 + 1e-6)).all()  # half a step, as engine.py promises
+            assert torch.allclose(step, largest / 127, rtol=1e-6, atol=0)
+        else:
+            assert ((rows - tables).abs() <= torch.maximum(step / 2, tables.abs() - 7 * step) * (1 + 1e-6)).all()
+            rounded = (tables / (largest / 7)).nan_to_num().round() * largest / 7  # the scale of the largest entry
+            assert (
+                (rows - tables).square().sum((1, 2))
+                <= (rounded - tables).square().sum((1, 2)) * (1 + 1e-6) + 1e-12 * largest.squeeze() ** 2
+            ).all()
         negatives = config.reads > 1 and config.code_bits < 3
         assert u.tables.shape[1] == config.num_rows * (2 if negatives else 1)
         assert torch.equal(u.tables[:, config.num_rows :], -u.tables[:, : config.num_rows * negatives])
@@ -275,7 +284,7 @@ def test_parameters_beyond_float32_are_refused_too(kind):
         encode(layer, kind, "float32")
 
 
-@pytest.mark.parametrize("types", [("int4", "int8"), ("int8", "bfloat16"), ("int16", "int8"), ("int8", None)])
+@pytest.mark.parametrize("types", [("int2", "int8"), ("int8", "bfloat16"), ("int16", "int8"), ("int8", None)])
 def test_unknown_types_are_named_with_the_known_ones(types):
     with pytest.raises(ValueError, match=rf"int8.*int16.*not {types[0]!r} and {types[1]!r}"):
         encode(trained(CONFIGS[4]), *types)
@@ -362,6 +371,8 @@ GOLDEN_BYTES = {  # shape/tables/projection: the first 8 bytes of a SHA-256
     "none/float32/int8": "1070612cd851622c",
     "none/bfloat16/int8": "0ffa0022d4d6ad41",
     "none/int8/int8": "2db4fa60dc48d23d",
+    "bh4/int4/int8": "4b08ba323994ea42",
+    "none/int4/int8": "33b54d4002cf0475",
 }
 
 
@@ -421,9 +432,14 @@ def test_every_element_lies_where_the_specification_says(config, tables, project
         table, row, out = (int(elements(m)) for m in (t, rows, e))
         first = ((out // width * t + table) * rows + row) * width
         o = out % width
-        if table_type == 2:
+        if table_type >= 2:
             j, lane, byte = o % 64 // 16, o % 16 // 4, o % 4
-            stored = at("tables", "b", first + o // 64 * 64 + 16 * lane + 4 * j + byte)
+            if table_type == 2:
+                stored = at("tables", "b", first + o // 64 * 64 + 16 * lane + 4 * j + byte)
+            else:
+                both = at("tables", "B", first // 2 + o // 128 * 64 + 16 * lane + 4 * j + byte)
+                stored = (both >> 4 * (o % 128 // 64)) % 16
+                stored -= 16 * (stored > 7)
             assert at("table_scales", "f", table) == u.table_scales[table].item()
         elif table_type == 1:
             bits = at("tables", "H", first + o // 32 * 32 + 2 * (o % 16) + o % 32 // 16)
@@ -478,9 +494,9 @@ def damaged():
         if not field.endswith("_type"):
             yield f"{field} below 0", with_field(good, field, -1), f"{field} -1"
     yield "code_bits 17", with_field(good, "code_bits", 17), "code_bits 17"
-    for field in ("weight_type", "table_type"):
-        yield f"{field} 3", with_field(good, field, 3), f"{field} is 3, not 0 to 2"
-        yield f"{field} below 0", with_field(good, field, -1), f"{field} is -1, not 0 to 2"
+    for field, most in (("weight_type", 2), ("table_type", 3)):
+        yield f"{field} {most + 1}", with_field(good, field, most + 1), f"{field} is {most + 1}, not 0 to {most}"
+        yield f"{field} below 0", with_field(good, field, -1), f"{field} is -1, not 0 to {most}"
         yield f"{field} changed", with_field(good, field, 0), "section|table_rows"
     for field in ("out_features", "num_tables", "repeats", "blocks", "block_in", "block_out", "table_rows"):
         yield f"{field} huge", with_field(good, field, 2**30), "section|fit"

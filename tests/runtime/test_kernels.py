@@ -36,7 +36,7 @@ from native_cases import (
 )
 
 from lookupffn import LookupConfig, LookupFFN, native, ops, reference
-from lookupffn.runtime.format import TABLE_TYPES, decode, encode
+from lookupffn.runtime.format import LEVELS, TABLE_TYPES, decode, encode
 from lookupffn.runtime.portable import packed_forward, packed_project
 from lookupffn.runtime.tuning import Tiling
 
@@ -58,7 +58,7 @@ def test_the_kernels_are_built_and_the_scalar_ones_run_anywhere():
 @examples(0.5, 120)
 @given(configs(), inputs(), types, tilings, seeds)
 def test_every_implementation_computes_the_packed_layer(config, source, kinds, tiling, seed):
-    """Integer projections and given ``z``: outputs within rounding of float64, and with int8 tables the same bits."""
+    """Integer projections and given ``z``: outputs within rounding of float64; integer tables: the same bits."""
     tables, projection = kinds
     if config.projection != "none" and projection == "float32":
         projection = "int16"
@@ -71,7 +71,7 @@ def test_every_implementation_computes_the_packed_layer(config, source, kinds, t
     for out in outputs:
         assert out.dtype == x.dtype
         assert_within(out, y, bound)
-    if tables == "int8":
+    if tables in LEVELS:
         for out in outputs[1:]:
             assert torch.equal(out, outputs[0])
     assert_within(packed_forward(u, x.float()), *expected(u, z))
@@ -152,7 +152,14 @@ def test_given_z_the_layer_is_the_references(tau, reads):
     entries = (weights / 254).sum((1, 2))[:, None]
     step = weights.amax((1, 2), keepdim=True) / 127
     halves = reference.gather(rows.abs() / largest.clamp(min=1e-30)[..., None], codes, step.expand_as(scores) / 2)
+    # int4: the same by its own scale, and what is cut off at 7 scales
+    scale = decode(encode(layer, "int4")).table_scales.double()[:, None].clamp(min=1e-30)
+    cut = torch.maximum(scale[..., None] / 2, rows.abs() - 7 * scale[..., None])
+    step = (scores.abs() * scale).amax((1, 2), keepdim=True) / 127
+    integers = (rows.abs() / scale[..., None] + 0.5).clamp(max=7)
+    cut_off = reference.gather(cut, codes, scores.abs()) + reference.gather(integers, codes, step.expand_as(scores) / 2)
     bounds = {
+        "int4": 1.01 * cut_off + 1e-5 * size,
         "float32": 1e-5 * size,
         "bfloat16": (2**-8 + 1e-5) * size,
         "int8": 1.01 * (entries + halves) + 1e-5 * size,

@@ -80,7 +80,7 @@ def with_tables_apart(config):
 
 APART = dataclasses.replace(CONFIG, num_tables=35)  # the last three are no whole four
 # How far the quantised projection is off, relative to z, and what share of 105,000 pairs of token and table is safe.
-SAFE = {"float32": (1e-6, 0.999), "bfloat16": (5e-4, 0.98), "int8": (0.03, 0.5)}
+SAFE = {"float32": (1e-6, 0.999), "bfloat16": (5e-4, 0.98), "int8": (0.03, 0.5), "int4": (0.03, 0.5)}
 
 
 @every_dtype
@@ -108,11 +108,18 @@ def test_a_packed_layer_is_the_layer_for_tables_away_from_a_boundary(config, dty
     rows = torch.stack([tables[t, codes[:, t], 2 * t : 2 * t + 2] for t in range(config.num_tables)], 1)  # (B, T, N, 2)
     expected = (scores[..., None] * rows).sum(2)
     size, changed = ((one.abs()[..., None] * rows.abs()).sum(2) for one in (own_scores, own_scores - scores))
-    rounding = {"float32": 1e-5, "bfloat16": 2**-8 + 1e-5, "int8": 1e-5}[dtype] * size
+    rounding = {"float32": 1e-5, "bfloat16": 2**-8 + 1e-5, "int8": 1e-5, "int4": 1e-5}[dtype] * size
     if dtype == "int8":  # half a step of every entry, and half a step of every score times its row
         largest = tables.abs().amax((1, 2))[:, None]
         weights, shares = own_scores.abs() * largest, rows.abs().sum(2) / largest + config.reads / 254
         rounding += 1.01 / 254 * (weights.sum(2, keepdim=True) + weights.amax((1, 2))[:, None, None] * shares)
+    if dtype == "int4":  # the same by the table's scale, and what is cut off at 7 scales
+        scale = decode(module.packed).table_scales.double()[:, None].clamp(min=1e-30)
+        cut = torch.maximum(scale[..., None] / 2, rows.abs() - 7 * scale[..., None])
+        half = (own_scores.abs() * scale).amax((1, 2))[:, None, None] / 254
+        rounding += 1.01 * (own_scores.abs()[..., None] * cut).sum(2) + half * (
+            rows.abs() / scale[..., None] + 0.5
+        ).sum(2)
     wrong = (y - expected).abs() > changed + rounding + 1e-5 * layer.bias.abs().max()
     assert not wrong[safe].any(), f"{int(wrong[safe].sum())} of {2 * int(safe.sum())} outputs"
 
@@ -124,7 +131,9 @@ def test_the_error_of_a_packed_layer_is_small_on_the_whole(dtype):
     with torch.no_grad():
         exact = layer(x) - layer.bias
         error = (pack(layer, dtype)(x) - layer.bias - exact).norm() / exact.norm()
-    assert error < {"float32": 1e-2, "bfloat16": 0.05, "int8": 0.25}[dtype]  # codes near a boundary may flip
+    assert (
+        error < {"float32": 1e-2, "bfloat16": 0.05, "int8": 0.25, "int4": 0.3}[dtype]
+    )  # codes near a boundary may flip
 
 
 @every_dtype
@@ -143,7 +152,7 @@ def test_no_tokens_give_no_rows(config, dtype):
 
 def test_the_projection_dtype_goes_with_the_tables_or_is_chosen():
     layer = trained(SMALL)
-    assert [pack(layer, d).weight_dtype for d in TABLE_TYPES] == ["float32", "int16", "int8"]
+    assert [pack(layer, d).weight_dtype for d in TABLE_TYPES] == ["float32", "int16", "int8", "int8"]
     for kind in WEIGHT_TYPES:
         module = pack(layer, "int8", projection=kind)
         assert (module.table_dtype, module.weight_dtype) == ("int8", kind)
@@ -183,7 +192,7 @@ def test_a_backward_pass_through_a_packed_layer_is_refused():
 
 @pytest.mark.parametrize("precision", ["wrong", "fp4", None, 8])
 def test_an_unknown_dtype_is_named_with_the_known_ones(precision):
-    with pytest.raises(ValueError, match=rf"^tables must be one of float32, bfloat16, int8, not {precision!r}$"):
+    with pytest.raises(ValueError, match=rf"^tables must be one of float32, bfloat16, int8, int4, not {precision!r}$"):
         pack(trained(SMALL), precision)
     with pytest.raises(ValueError, match=r"^projection must be one of float32, int16, int8, not 'bfloat16'$"):
         pack(trained(SMALL), "int8", projection="bfloat16")
@@ -192,7 +201,7 @@ def test_an_unknown_dtype_is_named_with_the_known_ones(precision):
 def test_dtypes_may_be_torchs_own():
     module = pack(trained(SMALL), torch.bfloat16, projection=torch.int8)
     assert (module.table_dtype, module.weight_dtype) == ("bfloat16", "int8")
-    with pytest.raises(ValueError, match=r"^tables must be one of float32, bfloat16, int8, not 'float16'$"):
+    with pytest.raises(ValueError, match=r"^tables must be one of float32, bfloat16, int8, int4, not 'float16'$"):
         pack(trained(SMALL), torch.float16)
 
 
@@ -341,7 +350,7 @@ def test_a_hugging_face_model_keeps_its_logits(of_model, dtype):
         for layer in without.encoder.layers:
             layer.ffn.tables.zero_()
         expected, got, least = (m(ids).logits.float() for m in (model, fast, without))
-    bound = {"float32": 1e-4, "bfloat16": 0.01, "int8": 0.2}[dtype] if of_model == torch.float32 else 0.25
+    bound = {"float32": 1e-4, "bfloat16": 0.01, "int8": 0.2, "int4": 0.25}[dtype] if of_model == torch.float32 else 0.25
     assert (got - expected).norm() < bound * (expected - least).norm()
 
 

@@ -19,13 +19,12 @@ from torch import nn
 from lookupffn import ops
 from lookupffn.bench.engines import DENSE_ENGINES, Engine, dense_chain, torch_runner
 from lookupffn.bench.timing import time_interleaved
-from lookupffn.lab.hardware.case import LINE, Case
+from lookupffn.lab.hardware.case import DTYPES, LINE, Case
 from lookupffn.lab.hardware.model import Machine, dense_ns, predict, tuned
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.reference import STAGES, next_power_of_two
 from lookupffn.runtime.packed import pack
 
-DTYPES = ("int8", "bfloat16", "float32")
 CODE_BITS = range(6, 13)
 READS = (3, 2, 1)  # four were no better than three
 FEWEST_TABLES = 1 / 8  # of the width: fewer were not tried

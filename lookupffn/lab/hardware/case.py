@@ -10,6 +10,7 @@ from lookupffn.runtime.format import PROJECTION_DTYPES, layout
 from lookupffn.runtime.tuning import Tiling
 
 LINE = 64  # bytes
+DTYPES = ("int8", "bfloat16", "float32")  # of the tables that the study knows
 ITEM_BYTES = {"int8": 1, "int16": 2, "bfloat16": 2, "float32": 4}
 REFERENCE = LookupConfig(256, 256, num_tables=32, block_size=64)  # which the probe times: its slices lie in L2
 REFERENCE_TOKENS = 240

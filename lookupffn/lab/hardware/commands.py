@@ -86,7 +86,7 @@ def predict(
 ):
     """What a layer takes on a machine, loop by loop, what each is bound by, and dense beside it."""
     from lookupffn.lab.hardware import counting, model
-    from lookupffn.lab.hardware.case import PROJECTION_DTYPES, Case
+    from lookupffn.lab.hardware.case import DTYPES, Case
 
     inner, console = intermediate_size or 4 * hidden_size, Console(soft_wrap=True)
     check_positive(hidden_size=hidden_size, intermediate_size=inner, layers=layers, tokens=min(tokens), threads=threads)
@@ -105,7 +105,7 @@ def predict(
                 table.add_row(stage, b.loop, f"{b.ns:,.1f}", b.bound_by)
         table.add_row("call", "", f"{found.overhead_ns:,.1f}", "")
         table.add_row("[bold]all[/]", "", f"[bold]{found.ns:,.1f}[/]", "")
-        dense = {d: model.dense_ns(hidden_size, inner, m, d, n, threads, layers) for d in PROJECTION_DTYPES}
+        dense = {d: model.dense_ns(hidden_size, inner, m, d, n, threads, layers) for d in DTYPES}
         for d, ns in dense.items():
             table.add_row(f"dense {d}", "at least", f"{ns:,.1f}" if ns < float("inf") else "no such product", "")
         console.print(table)

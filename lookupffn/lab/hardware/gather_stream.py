@@ -118,7 +118,7 @@ class Gather:
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         check(self.prefetch_tokens >= 0, "prefetch_tokens", self.prefetch_tokens, "at least 0")
         if self.slice is None:
-            object.__setattr__(self, "slice", slice_width(self.out_features))
+            object.__setattr__(self, "slice", slice_width(self.out_features, self.dtype))
         check(self.slice in (64, 128), "slice", self.slice, "64 or 128")
 
     @property

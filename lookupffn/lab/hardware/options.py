@@ -16,7 +16,7 @@ from rich.console import Console
 from lookupffn import machine, native
 from lookupffn.errors import InputError, WriteError
 from lookupffn.files import atomic_write, cache_folder, make_folder
-from lookupffn.lab.hardware.case import PROJECTION_DTYPES
+from lookupffn.lab.hardware.case import DTYPES
 from lookupffn.lab.hardware.model import Machine
 from lookupffn.layer import LookupConfig
 
@@ -47,8 +47,8 @@ def check_positive(**values: float) -> None:
 
 def check_dtypes(names: Sequence[str]) -> None:
     for name in names:
-        if name not in PROJECTION_DTYPES:
-            raise InputError(f"dtype {name!r} is none of {', '.join(PROJECTION_DTYPES)}")
+        if name not in DTYPES:
+            raise InputError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
 
 
 def config_of(width: int, num_tables: int, code_bits: int, reads: int, block_size: int) -> LookupConfig:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lookupffn import machine, native
 from lookupffn.errors import InputError
-from lookupffn.lab.hardware.case import LINE, PROJECTION_DTYPES, REFERENCE, REFERENCE_TOKENS
+from lookupffn.lab.hardware.case import DTYPES, LINE, PROJECTION_DTYPES, REFERENCE, REFERENCE_TOKENS
 from lookupffn.lab.hardware.library import operators
 from lookupffn.lab.hardware.memory import PREFETCH_DISTANCE, memory_sizes, probe_memory, probe_pages, shuffled
 from lookupffn.lab.hardware.rounds import ROUNDS, best_round, rounds_of
@@ -36,7 +36,6 @@ INSTRUCTIONS = (
     *("add", "multiply", "fma", "divide", "convert", "vector", "dot_int8", "dot_int16", "rows", "transpose", "exp"),
     *("load", "store", "prefetch", "word", "scalar", "issue", "cycle", "wide_cycle"),
 )
-DTYPES = ("int8", "bfloat16", "float32")
 PASSES = 3  # a third of a minute apart: other tenants slow a core down for seconds
 MATMUL_SIZE, MATMUL_TRIAL = 1024, 64  # rows
 BLOCKS = (8, 512, 64)  # of a projection in training, tokens, edge of a block

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.lab.hardware.advice import BLOCK_SIZE, largest
-from lookupffn.lab.hardware.case import PROJECTION_DTYPES, Case
+from lookupffn.lab.hardware.case import DTYPES, Case
 from lookupffn.lab.hardware.described import FEATURES, describe, descriptions
 from lookupffn.lab.hardware.model import Machine, dense_ns, predict, tuned
 from lookupffn.layer import LookupConfig
@@ -58,7 +58,7 @@ def recipe(width: int) -> LookupConfig:
 def _beside_dense(name: str, machine: Machine, over: str, config: LookupConfig, tokens: int) -> dict:
     width = config.in_features
     lookup = predict(tuned(Case(config, "int8", tokens, 1, LAYERS), machine), machine)
-    dense = {d: dense_ns(width, 4 * width, machine, d, tokens, 1, LAYERS) for d in PROJECTION_DTYPES}
+    dense = {d: dense_ns(width, 4 * width, machine, d, tokens, 1, LAYERS) for d in DTYPES}
     of_rows = (b for stage in ("hash", "gather") for b in lookup.stages[stage] if "rows" in b.loop)
     reading = max(of_rows, key=lambda b: b.ns)  # prefetching them, or the gather
     return {

@@ -8,7 +8,7 @@ import torch
 
 from lookupffn import LookupConfig, LookupFFN
 from lookupffn.lab.hardware import counting
-from lookupffn.lab.hardware.case import PROJECTION_DTYPES, Case
+from lookupffn.lab.hardware.case import DTYPES, Case
 from lookupffn.lab.hardware.library import operators
 from lookupffn.runtime.format import encode
 from lookupffn.runtime.tuning import Tiling
@@ -19,24 +19,24 @@ PADDED = LookupConfig(320, 192, num_tables=24)  # x padded to 512, slices of 64
 ODD = LookupConfig(128, 200, num_tables=17, code_bits=5, reads=2)  # a table by itself, a last slice that is cut
 
 CASES = [
-    *(Case(LARGE, dtype, tokens) for dtype in PROJECTION_DTYPES for tokens in (1, 5, 12, 24)),
+    *(Case(LARGE, dtype, tokens) for dtype in DTYPES for tokens in (1, 5, 12, 24)),
     *(
         Case(config, dtype, tokens)  # one token prefetches its rows early
-        for dtype in PROJECTION_DTYPES
+        for dtype in DTYPES
         for config in (SMALL, PADDED, ODD)
         for tokens in (1, 12)
     ),
     *(
         Case(SMALL, dtype, 100, tiling=tiling)  # which read a row more than once: tables in blocks
-        for dtype in PROJECTION_DTYPES
+        for dtype in DTYPES
         for tiling in (Tiling(prefetch_distance=0), Tiling(groups_per_block=1))
     ),
     Case(dataclasses.replace(LARGE, reads=3), "float32", 1),  # prefetches one slice after the other
     *(Case(SMALL, "int8", 110, tiling=Tiling(tile_tokens=tile)) for tile in (1, 7, 16, 1000)),
     *(Case(SMALL, "float32", 12, projection_dtype=kind) for kind in ("int8", "int16")),
-    *(Case(LookupConfig(100, 500, 24, 6, "dense"), dtype, 12) for dtype in PROJECTION_DTYPES),  # 112 numbers: 64, 3 16s
-    *(Case(LookupConfig(256, 64, 32, 8, "none"), dtype, 5) for dtype in PROJECTION_DTYPES),
-    *(Case(LookupConfig(256, 256, 64, block_size=8), dtype, 12) for dtype in PROJECTION_DTYPES),  # one panel at a time
+    *(Case(LookupConfig(100, 500, 24, 6, "dense"), dtype, 12) for dtype in DTYPES),  # 112 numbers: 64, 3 16s
+    *(Case(LookupConfig(256, 64, 32, 8, "none"), dtype, 5) for dtype in DTYPES),
+    *(Case(LookupConfig(256, 256, 64, block_size=8), dtype, 12) for dtype in DTYPES),  # one panel at a time
     *(Case(LookupConfig(64, 256, 64, block_size=block), "int8", 12) for block in (16, 32, 64)),  # no level to two
     Case(LookupConfig(256, 256, 64, code_bits=9), tokens=12),
     Case(LookupConfig(256, 256, 64, decay=1.0), tokens=12),

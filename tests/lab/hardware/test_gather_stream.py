@@ -293,7 +293,7 @@ def test_lines_of_rows_are_the_bytes_that_the_layer_says(order, dtype):
 
 def test_buffers_do_not_overlap_and_slices_are_those_of_packed_layers():
     g = Gather(17, 8, 100, reads=2)
-    assert g.slice == slice_width(100) == 64
+    assert g.slice == slice_width(100, g.dtype) == 64
     assert g.buffers(3)["tables"] == 2 * 17 * 8 * 64
     lines = np.concatenate(list(gather_lines(g, np.zeros((3, 17, 2), int))))
     assert 0 <= lines.min() <= lines.max() < sum(g.buffers(3).values()) // 64 + 2 * 7

@@ -1,0 +1,58 @@
+"""What fewer bits a row cost a trained lookup model: log perplexity with its tables in int8 and int4, and rivals.
+
+    lookupffn pretrain --preset small --data stdlib --steps 1900 --output-dir runs/table-quality
+    python experiments/table_quality.py runs/table-quality >> experiments/table-quality.jsonl
+
+The tables of the trained model are replaced by what each quantiser leaves of them, for those that the package does not
+have; `packed` lines are the real thing, scores of seven bits included.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from lookupffn import machine, pack
+from lookupffn.hf import LookupRobertaForMaskedLM
+from lookupffn.layer import LookupFFN
+from lookupffn.runtime.format import least_squares_scales
+from lookupffn.train.config import PretrainConfig
+from lookupffn.train.pretrain import datasets, evaluate, log_perplexity
+
+
+def rounded(tables, scales, most):
+    return (tables / scales).nan_to_num().round().clamp(-most, most) * scales
+
+
+QUANTISERS = {
+    "8 bits, largest a table": lambda t: rounded(t, t.abs().amax((1, 2), keepdim=True) / 127, 127),
+    "4 bits, largest a table": lambda t: rounded(t, t.abs().amax((1, 2), keepdim=True) / 7, 7),
+    "4 bits, largest a row": lambda t: rounded(t, t.abs().amax(2, keepdim=True) / 7, 7),
+    "4 bits, least squares a table": lambda t: rounded(t, least_squares_scales(t, 7)[:, None, None], 7),
+    "3 bits, least squares a table": lambda t: rounded(t, least_squares_scales(t, 3)[:, None, None], 3),
+}
+
+
+@torch.no_grad()
+def main(folder):
+    folder = Path(folder)
+    config = PretrainConfig(**yaml.safe_load((folder / "config.yaml").read_text()))
+    model = LookupRobertaForMaskedLM.from_pretrained(folder).eval()
+    _, validation = datasets(config, config.load_data())
+    variants = {"float32": model}
+    for name, quantiser in QUANTISERS.items():
+        variants[name] = copy.deepcopy(model)
+        for layer in variants[name].modules():
+            if isinstance(layer, LookupFFN):
+                layer.tables.copy_(quantiser(layer.tables.float()))
+    variants |= {f"packed {tables}": pack(model, tables) for tables in ("int8", "int4")}
+    for name, variant in variants.items():
+        record = {"what": "table quality", "tables": name, "steps": config.steps, "seed": config.seed}
+        print(json.dumps(record | log_perplexity(evaluate(variant, validation)) | {"machine": machine.describe()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
