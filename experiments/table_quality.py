@@ -1,6 +1,6 @@
 """What fewer bits a row cost a trained lookup model: log perplexity with its tables in int8 and int4, and rivals.
 
-    lookupffn pretrain --preset small --data stdlib --steps 1900 --output-dir runs/table-quality
+    lookupffn pretrain --preset small --ffn lookup --data stdlib --steps 500 --output-dir runs/table-quality
     python experiments/table_quality.py runs/table-quality >> experiments/table-quality.jsonl
 
 The tables of the trained model are replaced by what each quantiser leaves of them, for those that the package does not
@@ -8,12 +8,12 @@ have; `packed` lines are the real thing, scores of seven bits included.
 """
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import torch
-import yaml
 
 from lookupffn import machine, pack
 from lookupffn.hf import LookupRobertaForMaskedLM
@@ -39,9 +39,11 @@ QUANTISERS = {
 @torch.no_grad()
 def main(folder):
     folder = Path(folder)
-    config = PretrainConfig(**yaml.safe_load((folder / "config.yaml").read_text()))
-    model = LookupRobertaForMaskedLM.from_pretrained(folder).eval()
-    _, validation = datasets(config, config.load_data())
+    settings = json.loads((folder / "config.json").read_text())
+    known = {field.name for field in dataclasses.fields(PretrainConfig)}
+    config = PretrainConfig(**{name: value for name, value in settings.items() if name in known})
+    model = LookupRobertaForMaskedLM.from_pretrained(folder / "model").eval()
+    _, validation = datasets(dataclasses.replace(config, evaluation_sequences=0), config.load_data())  # all of it
     variants = {"float32": model}
     for name, quantiser in QUANTISERS.items():
         variants[name] = copy.deepcopy(model)

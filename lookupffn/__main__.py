@@ -204,7 +204,7 @@ def export(
     model: Annotated[str, typer.Argument(help="folder or name of a Hugging Face encoder or a sentence transformer")],
     output: Annotated[Path, typer.Option(help="folder for the packed model")],
     linears: Annotated[str, typer.Option(help="of dense products: int8 or float32")] = "int8",
-    tables: Annotated[str, typer.Option(help="of lookup tables: int8, bfloat16 or float32")] = "int8",
+    tables: Annotated[str, typer.Option(help="of lookup tables: int4, int8, bfloat16 or float32")] = "int8",
     pooling: Annotated[str | None, typer.Option(help="mean, cls or none [as the sentence transformer says]")] = None,
 ):
     """Writes an encoder as one file that `embed` and lookupffn.Session run in one native call."""

@@ -153,7 +153,9 @@ void lookupffn_describe(const lookupffn_model* model, lookupffn_description* d) 
         .first_position = c.first_position,
         .pooling = int32_t(c.pooling),
         .normalised = c.normalise,
-        .lookup_layers = 0};
+        .lookup_layers = 0,
+        .pooled_size = model->encoder.pooled_size(),
+        .head = c.head};
   for (const EncoderLayer& l : model->encoder.layers) d->lookup_layers += l.has_lookup;
 }
 

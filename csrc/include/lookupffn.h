@@ -26,6 +26,8 @@ typedef struct {
   int32_t pooling;        /* 0 none, 1 mean, 2 the first token */
   int32_t normalised;     /* whether pooled vectors have length 1 */
   int32_t lookup_layers;  /* feed-forward layers that are lookups */
+  int32_t pooled_size;    /* of a pooled vector: hidden_size, or the outputs of the head behind it */
+  int32_t head;           /* linears behind the pooling, as of a classifier; 0 for none */
 } lookupffn_description;
 
 /* Texts one after another, without padding. */
@@ -55,7 +57,7 @@ LOOKUPFFN_API void lookupffn_describe(const lookupffn_model* model, lookupffn_de
 LOOKUPFFN_API const char* lookupffn_workspace(const lookupffn_model* model, const lookupffn_batch* batch, int threads,
                                               size_t* bytes);
 
-/* hidden [tokens][hidden_size] and pooled [texts][hidden_size], either of which may be NULL. A text's result has the
+/* hidden [tokens][hidden_size] and pooled [texts][pooled_size], either of which may be NULL. A text's result has the
  * same bits whatever else is in the batch and however many threads take part. Without a pool: one thread. */
 LOOKUPFFN_API const char* lookupffn_run(const lookupffn_model* model, const lookupffn_batch* batch, float* hidden,
                                         float* pooled, void* workspace, size_t bytes, const lookupffn_pool* pool);

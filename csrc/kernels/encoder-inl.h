@@ -37,6 +37,7 @@ LOOKUPFFN_INLINE f32x16 activate(Activation kind, f32x16 x) {
     }
     case Activation::kSilu: return mul(x, sigmoid_2(mul(x, set1(0.5f))));
     case Activation::kRelu: return max(zero_f32(), x);
+    case Activation::kTanh: return fma(set1(2.0f), sigmoid_2(x), set1(-1.0f));
     default: return x;
   }
 }
@@ -146,6 +147,7 @@ static void finish_rows(const LinearArgs& a, const QuantisedRows* q, int first) 
     case Activation::kGeluTanh: return run(Activation::kGeluTanh);
     case Activation::kSilu: return run(Activation::kSilu);
     case Activation::kRelu: return run(Activation::kRelu);
+    case Activation::kTanh: return run(Activation::kTanh);
     default: return run(Activation::kNone);
   }
 }

@@ -169,7 +169,7 @@ struct InferenceKernels {
 // ---- Encoders -------------------------------------------------------------------------------------------------------
 // Rows are float32, padded to whole vectors with zeros. What a call takes of them is said in tokens and floats.
 
-enum class Activation : int32_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4 };
+enum class Activation : int32_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4, kTanh = 5 };
 
 // y = activation(x W^T + bias) + residual for a tile of tokens. Int8 weights: x is quantised by token.
 struct LinearArgs {

@@ -17,6 +17,7 @@ constexpr int kTile = 48;               // tokens that go through a product at o
 constexpr int64_t kChunkTokens = 1024;  // whose activations stay in L2 and L3 while weights come by
 constexpr int64_t kSerialTokens = 24;   // up to so many on the calling thread alone
 constexpr int32_t kMostLayers = 1 << 10;
+constexpr int32_t kMostHead = 8;
 
 std::string field(const char* name, int64_t value) { return std::string(name) + " is " + std::to_string(value); }
 
@@ -70,6 +71,7 @@ std::string check_config(const EncoderConfig& c) {
   if (c.head_dim < kLanes || c.head_dim % kLanes || c.head_dim > 4096) return field("head_dim", c.head_dim);
   if (c.max_positions < 1) return field("max_positions", c.max_positions);
   if (c.type_vocab_size < 0) return field("type_vocab_size", c.type_vocab_size);
+  if (c.head < 0 || c.head > kMostHead || (c.head && c.pooling == Pooling::kNone)) return field("head", c.head);
   if (c.pooling < Pooling::kNone || c.pooling > Pooling::kCls) return field("pooling", int(c.pooling));
   for (int32_t flag : {c.pre_norm, c.embedding_norm, c.final_norm, c.causal, c.normalise})
     if (flag != 0 && flag != 1) return field("a flag", flag);
@@ -159,6 +161,14 @@ std::string open_encoder(Bytes model, Encoder* e) {
     e->widest = std::max({e->widest, l.output.block_in, l.has_lookup ? 0 : l.up.block_out});
   }
   if (c.final_norm && !(wrong = norm("final norm", &e->final_norm)).empty()) return wrong;
+  e->head.resize(size_t(c.head));
+  int in = c.width;
+  for (Linear& l : e->head) {
+    if (!(wrong = records.next("head", open_linear, &l)).empty()) return wrong;
+    if (l.in_features != in) return fits("head", l, in, l.out_features);
+    in = l.out_features;
+    e->widest = std::max(e->widest, l.block_out);
+  }
   return records.at_end() ? "" : "it lists more records than its graph needs";
 }
 
@@ -448,19 +458,37 @@ struct Chunk {
         for (int i = 0; i < count; i++)
           std::memcpy(call.out.hidden + (start + t + i) * c.width, x_of(t + i), 4 * size_t(c.width));
     });
-    if (!call.out.pooled) return;
+    if (call.out.pooled) pool_texts();
+  }
+
+  // The chunk's texts, a tile of them at a time.
+  void pool_texts() const {
+    const EncoderConfig& c = config();
     const ThreadMemory m = of_thread(0);
+    const bool apart = !e().head.empty();  // normalised behind the head
     int64_t token = 0;
-    for (int64_t text = first; text < last; token += call.batch.lengths[text++]) {
-      const int64_t rows = c.pooling == Pooling::kMean ? call.batch.lengths[text] : 1;
-      call.k.encoder->pool_rows({.x = x_of(token),
-                                 .stride = c.padded,
-                                 .tokens = rows,
-                                 .padded = c.padded,
-                                 .normalise = c.normalise != 0,
-                                 .y = m.rows[0]});
-      std::memcpy(call.out.pooled + text * c.width, m.rows[0], 4 * size_t(c.width));
+    for (int64_t text = first, count; text < last; text += count) {
+      count = std::min<int64_t>(kTile, last - text);
+      for (int64_t i = 0; i < count; token += call.batch.lengths[text + i++])
+        pool_rows(x_of(token), c.pooling == Pooling::kMean ? call.batch.lengths[text + i] : 1, c.padded,
+                  c.normalise && !apart, m.rows[0] + i * c.padded);
+      int side = 0, stride = c.padded;
+      for (const Linear& l : e().head) {
+        linear(m, l, m.rows[side], size_t(l.block_in), int(count), m.rows[1 - side], size_t(l.block_out));
+        side = 1 - side, stride = l.block_out;
+      }
+      const size_t size = size_t(e().pooled_size());
+      for (int64_t i = 0; i < count; i++) {
+        float* const row = m.rows[side] + i * stride;
+        if (c.normalise && apart) pool_rows(row, 1, stride, true, row);
+        std::memcpy(call.out.pooled + size_t(text + i) * size, row, 4 * size);
+      }
     }
+  }
+
+  void pool_rows(const float* x, int64_t tokens, int padded, bool normalise, float* y) const {
+    call.k.encoder->pool_rows(
+        {.x = x, .stride = padded, .tokens = tokens, .padded = padded, .normalise = normalise, .y = y});
   }
 
   void run_all() const {

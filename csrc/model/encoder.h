@@ -22,6 +22,7 @@ struct EncoderConfig {
   Pooling pooling;
   int32_t normalise;
   int32_t first_position;  // of a text's first token, where positions are not given
+  int32_t head;            // linears behind the pooling, as of a classifier
 
   int attention_width() const { return heads * head_dim; }
 };
@@ -39,7 +40,10 @@ struct Encoder {
   Embedding words, positions, types;
   Norm embedding_norm, final_norm;
   std::vector<EncoderLayer> layers;
+  std::vector<Linear> head;
   int widest;  // of rows between its products, padded
+
+  int pooled_size() const { return head.empty() ? config.width : head.back().out_features; }
 };
 
 // Opens the bytes of a model, every record of it. They begin with the model record; a file is a safetensors file, whose
@@ -58,7 +62,7 @@ struct Batch {
 
 struct Outputs {
   float* hidden;  // [tokens][width], or null
-  float* pooled;  // [texts][width], or null
+  float* pooled;  // [texts][pooled_size], or null
 };
 
 // What is wrong with a batch; and how many tokens it has.

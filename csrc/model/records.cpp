@@ -89,7 +89,7 @@ std::string open_linear(Bytes bytes, Linear* l) {
   if (!padded(l->in_features, l->block_in)) return field("block_in", l->block_in);
   if (!padded(l->out_features, l->block_out)) return field("block_out", l->block_out);
   if (l->type != WeightType::kFloat32 && l->type != WeightType::kInt8) return field("weight_type", h.size[4]);
-  if (l->activation < Activation::kNone || l->activation > Activation::kRelu) return field("activation", h.size[5]);
+  if (l->activation < Activation::kNone || l->activation > Activation::kTanh) return field("activation", h.size[5]);
   const bool integer = l->type == WeightType::kInt8;
   if (integer && l->block_in > 66000) return field("block_in", l->block_in) + ", too many for 32-bit sums";
   Sections sections(bytes);

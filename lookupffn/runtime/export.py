@@ -26,9 +26,10 @@ def export(
 ) -> Path:
     """Writes ``model`` to ``folder`` for :class:`lookupffn.Session`; returns the folder.
 
-    ``model`` is a Hugging Face encoder (``families.FAMILIES``), or a SentenceTransformer, whose tokenizer and pooling
-    go along. ``linears`` is the type of dense products, ``"int8"`` or ``"float32"``, ``tables`` that of lookup tables.
-    ``pooling`` is ``"mean"``, ``"cls"`` or ``"none"``.
+    ``model`` is a Hugging Face encoder or sequence classifier (``families.FAMILIES``), or a SentenceTransformer or
+    CrossEncoder of sentence-transformers, whose tokenizer and pooling go along. ``linears`` is the type of dense
+    products, ``"int8"`` or ``"float32"``, ``tables`` that of lookup tables. ``pooling`` is ``"mean"``, ``"cls"`` or
+    ``"none"``.
 
     Raises:
         InputError: a family or an option that the runtime does not have; the message names it.
@@ -36,12 +37,13 @@ def export(
     """
     encoder, found = _parts(model)
     tokenizer = tokenizer or found.get("tokenizer")
-    pooling = found.get("pooling", "none") if pooling is None else pooling
+    graph = graph_of(encoder)
+    pooling = found.get("pooling", graph.pooling) if pooling is None else pooling
     normalise = found.get("normalise", False) if normalise is None else normalise
     if pooling not in POOLINGS:
         raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
     longest = found.get("max_length") or getattr(tokenizer, "model_max_length", None) or 1 << 30
-    graph = dataclasses.replace(graph_of(encoder), pooling=pooling, normalised=normalise, max_length=int(longest))
+    graph = dataclasses.replace(graph, pooling=pooling, normalised=normalise, max_length=int(longest))
     folder = Path(folder)
     contents = model_bytes(graph, linears, tables)  # before anything is written
     make_folder(folder)
@@ -53,7 +55,9 @@ def export(
 
 
 def _parts(model: Any) -> tuple[Any, dict]:
-    """The Transformer in a SentenceTransformer, and what its other modules say; any other model as it is."""
+    """The Transformer in what sentence-transformers has, and what its other modules say; another model as it is."""
+    if type(model).__name__ == "CrossEncoder":
+        return model.model, {"tokenizer": model.tokenizer, "max_length": model.max_length}
     if type(model).__name__ != "SentenceTransformer":
         return model, {}
     found: dict[str, Any] = {"tokenizer": model.tokenizer, "max_length": model.max_seq_length}

@@ -6,6 +6,7 @@ A family (``families/``) finds these in a model; ``records.py`` writes them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from lookupffn.layer import LookupFFN
 
 ACTIVATIONS = {  # by transformers' names
     "gelu": 1, "gelu_python": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2, "silu": 3, "swish": 3,
-    "relu": 4,
+    "relu": 4, "tanh": 5,
 }  # fmt: skip
 POSITIONS = ("index", "mask", "ids")  # places in the row, tokens of the mask, or ids other than padding, counted
 
@@ -71,10 +72,22 @@ class Graph:
     pooling: str = "none"
     normalised: bool = False
     max_length: int = 1 << 30  # of a text, in tokens: the rest is cut off
+    head: tuple[tuple[nn.Linear, str | None], ...] = ()  # linears behind the pooling, and their activations
+    labels: tuple[str, ...] = ()  # of the head's outputs
 
     @property
     def width(self) -> int:
         return self.words.shape[1]
+
+
+def classifier(model: Any, *linears: tuple[nn.Linear, str | None], pooling: str = "cls") -> dict[str, Any]:
+    """The fields of the graph of a sequence classifier with this head."""
+    labels = tuple(str(model.config.id2label[i]) for i in range(linears[-1][0].out_features))
+    return {"head": linears, "labels": labels, "pooling": pooling}
+
+
+def is_classifier(model: Any) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def activation_of(name: object, where: str) -> str:

@@ -20,7 +20,17 @@ from torch import Tensor
 
 from lookupffn.errors import InputError
 from lookupffn.layer import LookupFFN
-from lookupffn.runtime.format import LANES, MAGIC, PROJECTION_DTYPES, encode, flush, panels, quantised_weights, round_up
+from lookupffn.runtime.format import (
+    LANES,
+    MAGIC,
+    PROJECTION_DTYPES,
+    TABLE_TYPES,
+    encode,
+    flush,
+    panels,
+    quantised_weights,
+    round_up,
+)
 from lookupffn.runtime.graph import ACTIVATIONS, Dense, Graph, Layer, Norm
 
 VERSION = 2
@@ -98,6 +108,9 @@ def records_of(graph: Graph, linears: str, tables: str) -> Iterator[tuple[str, T
             yield f"layers.{i}.{name}", record
     if graph.final_norm:
         yield "final_norm", norm_record(graph.final_norm)
+    for i, (linear, activation) in enumerate(graph.head):
+        number = ACTIVATIONS[activation] if activation else 0
+        yield f"head.{i}", linear_record(linear.weight.double(), linear.bias, linears, number)
 
 
 def _layer_records(graph: Graph, layer: Layer, linears: str, tables: str) -> Iterator[tuple[str, Tensor]]:
@@ -151,6 +164,7 @@ def model_record(graph: Graph, records: dict[str, Tensor]) -> Tensor:
         POOLINGS[graph.pooling],
         int(graph.normalised),
         graph.first_position,
+        len(graph.head),
     ]
     config = F.pad(torch.tensor(numbers, dtype=torch.int32), (0, CONFIG_BYTES // 4 - len(numbers)))
     own = RECORD.itemsize + CONFIG_BYTES + round_up(16 * len(records), 64)
@@ -182,6 +196,8 @@ def _weights(graph: Graph) -> dict[str, Tensor | None]:
             }
         for name, (weight, bias) in pairs.items():
             found |= {f"layers.{i}.{name}": weight, f"layers.{i}.{name} bias": bias}
+    for i, (linear, _) in enumerate(graph.head):
+        found |= {f"head.{i}": linear.weight, f"head.{i} bias": linear.bias}
     for name, norm in norms.items():
         if norm:
             found |= {name: norm.weight, f"{name} bias": norm.bias}
@@ -196,6 +212,8 @@ def model_bytes(graph: Graph, linears: str, tables: str) -> list[bytes | memoryv
     """
     if linears not in LINEAR_TYPES:
         raise InputError(f"linears must be one of {', '.join(LINEAR_TYPES)}, not {linears!r}")
+    if tables not in TABLE_TYPES:
+        raise InputError(f"tables must be one of {', '.join(TABLE_TYPES)}, not {tables!r}")
     _check_finite(graph, _weights(graph))
     records = {}
     with torch.no_grad():
@@ -214,6 +232,7 @@ def model_bytes(graph: Graph, linears: str, tables: str) -> list[bytes | memoryv
         "tables": tables,
         "position_rule": graph.position_rule,
         "pad_token_id": str(graph.pad_token_id),
+        "labels": json.dumps(graph.labels),
         "max_length": str(min(graph.max_length, graph.positions.shape[0] - graph.first_position)),
     }
     header = json.dumps({"__metadata__": described, **tensors}, separators=(",", ":")).encode()

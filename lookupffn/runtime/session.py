@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
+import json
 import os
 import sys
 import sysconfig
@@ -28,7 +29,7 @@ class _Description(c.Structure):
         (name, c.c_int32)
         for name in (
             "vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions", "type_vocab_size",
-            "first_position", "pooling", "normalised", "lookup_layers",
+            "first_position", "pooling", "normalised", "lookup_layers", "pooled_size", "head",
         )
     ]  # fmt: skip
 
@@ -117,6 +118,11 @@ class Session:
     def pooling(self) -> str:
         return POOLING_NAMES[self._described.pooling]
 
+    @property
+    def labels(self) -> list[str]:
+        """Of a sequence classifier's logits; empty for an encoder."""
+        return json.loads(self.metadata["labels"])
+
     # ---- Ids ---------------------------------------------------------------------------------------------------------
 
     def __call__(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> Any:
@@ -137,7 +143,7 @@ class Session:
         return out
 
     def pool(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> np.ndarray:
-        """Pooled vectors ``(batch, hidden_size)`` float32, as the model pools and normalises."""
+        """Pooled vectors ``(batch, hidden_size)`` float32, as the model pools and normalises; a classifier's logits."""
         ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
         ids, mask = _checked(ids, mask, types)
         return self._run(ids, mask, types, hidden=False, pooled=True)[1]
@@ -160,7 +166,7 @@ class Session:
         batch = _Batch(len(ids), *(None if x is None else x.ctypes.data for x in arrays))
         count = int(lengths.sum())
         out = np.empty((count, d.hidden_size), np.float32) if hidden else None
-        vectors = np.empty((len(ids), d.hidden_size), np.float32) if pooled else None
+        vectors = np.empty((len(ids), d.pooled_size), np.float32) if pooled else None
         size = c.c_size_t()
         _check(self._lib.lookupffn_workspace(self._model, c.byref(batch), self.threads, c.byref(size)))
         workspace = getattr(self._local, "workspace", None)
@@ -199,8 +205,24 @@ class Session:
         """Vectors ``(len(texts), hidden_size)`` float32 of texts, in their order, pooled as the model says."""
         if self.pooling == "none":
             raise InputError(f"{self.folder} has no pooling: export it as a sentence transformer, or with pooling=")
-        vectors = np.empty((len(texts), self.hidden_size), np.float32)
-        encodings = self.tokenizer.encode_batch_fast(list(texts))
+        if self.labels:
+            raise InputError(f"{self.folder} is a classifier of {', '.join(self.labels)}: call classify")
+        return self._pooled(list(texts), progress)
+
+    def classify(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, progress: bool = False
+    ) -> np.ndarray:
+        """Logits ``(len(texts), len(labels))`` float32 of texts, or of each with its second text, as a reranker reads
+        a query and a passage."""
+        if not self.labels:
+            raise InputError(f"{self.folder} is no classifier: export a model for sequence classification")
+        if pairs is not None and len(pairs) != len(texts):
+            raise InputError(f"{len(texts)} texts and {len(pairs)} second texts: each needs one")
+        return self._pooled(list(texts) if pairs is None else list(zip(texts, pairs, strict=True)), progress)
+
+    def _pooled(self, texts: list, progress: bool) -> np.ndarray:
+        vectors = np.empty((len(texts), self._described.pooled_size), np.float32)
+        encodings = self.tokenizer.encode_batch_fast(texts)
         order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
         steps: Any = self._groups(order, encodings)
         if progress:

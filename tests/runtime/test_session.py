@@ -16,13 +16,17 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     BertTokenizerFast,
     DistilBertConfig,
+    DistilBertForSequenceClassification,
     DistilBertModel,
     MPNetConfig,
     MPNetModel,
     RobertaConfig,
+    RobertaForSequenceClassification,
     RobertaModel,
     XLMRobertaConfig,
     XLMRobertaModel,
@@ -32,7 +36,7 @@ from typer.testing import CliRunner
 from lookupffn import Session, export, native
 from lookupffn.__main__ import app
 from lookupffn.errors import InputError
-from lookupffn.hf import LookupRobertaConfig, LookupRobertaModel
+from lookupffn.hf import LookupRobertaConfig, LookupRobertaForSequenceClassification, LookupRobertaModel
 from lookupffn.runtime.session import MODEL_FILE
 
 if not native.available():
@@ -40,6 +44,7 @@ if not native.available():
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 VOCAB, POSITIONS = 211, 160
+SMALL = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 100, "num_hidden_layers": 2}
 
 
 def bert(width=48, heads=3, inner=100, layers=2, act="gelu"):
@@ -206,6 +211,63 @@ def test_pooled_vectors(pooling, normalise, exported):
     torch.testing.assert_close(torch.from_numpy(Session(folder).pool(ids, mask)), expected, rtol=0, atol=1e-5)
 
 
+def own_classifier():
+    config = own().config
+    config.num_labels, config.classifier_pooling = 3, "mean"
+    return LookupRobertaForSequenceClassification(config)
+
+
+SIZES = {"vocab_size": VOCAB, "num_labels": 3}
+CLASSIFIERS = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, **SMALL)),
+    "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**SIZES, **SMALL, pad_token_id=1)),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(**SIZES, dim=48, n_heads=3, n_layers=2, hidden_dim=100)
+    ),
+    "own": lambda: own_classifier(),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_gives_its_logits(name, tmp_path):
+    model = randomised(CLASSIFIERS[name]())
+    session = Session(export(model, tmp_path, linears="float32", tables="float32"))
+    ids = torch.randint(2, VOCAB, (60, 37), generator=torch.Generator().manual_seed(0))  # more than a tile of them
+    mask = (torch.arange(37) < torch.arange(1, 61)[:, None]).long()
+    ids[mask == 0] = 1
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits.numpy()
+    got = session.pool(ids, mask)
+    assert session.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert np.abs(got - expected).max() <= 3e-5 * np.abs(expected).max()
+    assert np.array_equal(session.pool(ids[7:8], mask[7:8]), got[7:8])
+    assert np.array_equal(Session(tmp_path, threads=3).pool(ids, mask), got)
+
+
+def test_texts_and_pairs_are_classified(sentence_transformer, tmp_path):
+    tokenizer = sentence_transformer.tokenizer
+    model = randomised(BertForSequenceClassification(BertConfig(**SIZES | {"vocab_size": len(tokenizer)}, **SMALL)))
+    session = Session(export(model, tmp_path / "fast", linears="float32", tokenizer=tokenizer))
+    texts, others = ["w1 w2", "w3 w4 w5", "w6"], ["w7 w8 w9", "w1", "w2 w3"]
+    for pairs in (None, others):
+        inputs = tokenizer(texts, pairs, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            expected = model(**inputs).logits.numpy()
+        assert np.abs(session.classify(texts, pairs) - expected).max() <= 3e-5 * np.abs(expected).max()
+    with pytest.raises(InputError, match="3 texts and 1 second texts"):
+        session.classify(texts, ["a"])
+    with pytest.raises(InputError, match="is a classifier of LABEL_0, LABEL_1, LABEL_2: call classify"):
+        session.embed(texts)
+    encoder = Session(export(bert(), tmp_path / "encoder"))
+    with pytest.raises(InputError, match="is no classifier"):
+        encoder.classify(texts)
+
+
+def test_a_head_that_is_left_out_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="the head of BertForMaskedLM is left out"):
+        export(BertForMaskedLM(BertConfig(vocab_size=VOCAB, **SMALL)), tmp_path)
+
+
 def test_a_session_is_shared_pickled_and_forked(exported):
     folder, _ = exported("bert", "int8")
     session, (ids, mask, _) = Session(folder, threads=2), batch(16, 64)
@@ -258,8 +320,10 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         export(MPNetModel(MPNetConfig(vocab_size=99, **sizes)), tmp_path)
     with pytest.raises(InputError, match="linears must be one of float32, int8, not 'int3'"):
         export(bert(), tmp_path, linears="int3")
-    with pytest.raises(InputError, match=r"hidden_act|activation 'tanh' is none of"):
-        export(bert(act="tanh"), tmp_path)
+    with pytest.raises(InputError, match="tables must be one of float32, bfloat16, int8, int4, not 'int2'"):
+        export(bert(), tmp_path, tables="int2")
+    with pytest.raises(InputError, match=r"hidden_act|activation 'quick_gelu' is none of"):
+        export(bert(act="quick_gelu"), tmp_path)
     broken = bert()
     with torch.no_grad():
         broken.encoder.layer[0].intermediate.dense.weight[3, 4] = float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 
@@ -27,4 +28,7 @@ def graph_of(model: nn.Module) -> Graph:
         known = ", ".join(sorted(FAMILIES))
         raise InputError(f"{type(model).__name__} of model_type {kind!r} cannot be exported; known are {known}")
     find: Callable[[nn.Module], Graph] = import_module(f"{__name__}.{FAMILIES[kind]}").graph
-    return find(model)
+    graph = find(model)
+    if "For" in type(model).__name__ and not graph.head:
+        warnings.warn(f"the head of {type(model).__name__} is left out: hidden states are exported", stacklevel=3)
+    return graph

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from lookupffn.errors import InputError
-from lookupffn.runtime.graph import Dense, Graph, Layer, Norm, activation_of
+from lookupffn.runtime.graph import Dense, Graph, Layer, Norm, activation_of, classifier, is_classifier
 
 
-def graph(model: Any, **positions: Any) -> Graph:
-    """``positions``: fields of the graph where they are not counted from 0 by place."""
+def graph(model: Any, **fields: Any) -> Graph:
+    """``fields``: those of the graph in which a family differs from BERT."""
     config = model.config
     family, body = config.model_type, getattr(model, model.base_model_prefix, model)
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
@@ -20,6 +20,8 @@ def graph(model: Any, **positions: Any) -> Graph:
     if config.is_decoder:
         raise InputError(f"{family} as a decoder cannot be exported")
     e = body.embeddings
+    if is_classifier(model) and family == "bert":
+        fields |= classifier(model, (body.pooler.dense, "tanh"), (model.classifier, None))
     return Graph(
         family=family,
         heads=config.num_attention_heads,
@@ -31,7 +33,7 @@ def graph(model: Any, **positions: Any) -> Graph:
         final_norm=None,
         pre_norm=False,
         pad_token_id=config.pad_token_id or 0,
-        **positions,
+        **fields,
     )
 
 

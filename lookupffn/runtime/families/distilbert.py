@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lookupffn.runtime.graph import Dense, Graph, Layer, Norm, activation_of
+from lookupffn.runtime.graph import Dense, Graph, Layer, Norm, activation_of, classifier, is_classifier
 
 
 def graph(model: Any) -> Graph:
@@ -24,6 +24,9 @@ def graph(model: Any) -> Graph:
                 ffn=Dense(layer.ffn.lin1, layer.ffn.lin2, activation_of(config.activation, f"layer {number}")),
             )
         )
+    head = {}
+    if is_classifier(model):
+        head = classifier(model, (model.pre_classifier, "relu"), (model.classifier, None))
     return Graph(
         family="distilbert",
         heads=config.n_heads,
@@ -35,4 +38,5 @@ def graph(model: Any) -> Graph:
         final_norm=None,
         pre_norm=False,
         pad_token_id=config.pad_token_id or 0,
+        **head,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from lookupffn.errors import InputError
 from lookupffn.layer import LookupFFN
-from lookupffn.runtime.graph import Dense, Graph, Layer, Norm
+from lookupffn.runtime.graph import Dense, Graph, Layer, Norm, classifier, is_classifier
 
 
 def graph(model: Any) -> Graph:
@@ -31,6 +31,10 @@ def graph(model: Any) -> Graph:
                 ffn=ffn,
             )
         )
+    head = {}
+    if is_classifier(model):
+        linears = ((model.classifier.dense, "tanh"), (model.classifier.out_proj, None))
+        head = classifier(model, *linears, pooling=config.classifier_pooling)
     return Graph(
         family="lookup_roberta",
         heads=config.num_attention_heads,
@@ -44,4 +48,5 @@ def graph(model: Any) -> Graph:
         causal=config.is_decoder,
         position_rule="mask",
         pad_token_id=config.pad_token_id or 0,
+        **head,
     )

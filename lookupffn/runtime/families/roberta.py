@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lookupffn.runtime.families import bert
-from lookupffn.runtime.graph import Graph
+from lookupffn.runtime.graph import Graph, classifier, is_classifier
 
 
 def graph(model: Any) -> Graph:
-    return bert.graph(model, position_rule="ids", first_position=model.config.pad_token_id + 1)
+    head = {}
+    if is_classifier(model):
+        head = classifier(model, (model.classifier.dense, "tanh"), (model.classifier.out_proj, None))
+    return bert.graph(model, position_rule="ids", first_position=model.config.pad_token_id + 1, **head)
