@@ -70,9 +70,7 @@ def _bench_model(name: str, threads: list[int], seconds: float, seed: int, path:
         for record in bench_model(name, encoder.eval(), count, seconds, seed):
             records.append(record)
             if record["what"] == "model":
-                rows.setdefault(record["engine"], {})[f"{record['batch']} x {record['length']}"] = record[
-                    "us_per_token"
-                ]
+                rows.setdefault(record["engine"], {})[record["shape"]] = record["us_per_token"]
             else:
                 for engine, reason in record["engines"].items():
                     console.print(f"left out: {engine}, {reason}")
