@@ -57,7 +57,10 @@ def export(
 def _parts(model: Any) -> tuple[Any, dict]:
     """The Transformer in what sentence-transformers has, and what its other modules say; another model as it is."""
     if type(model).__name__ == "CrossEncoder":
-        return model.model, {"tokenizer": model.tokenizer, "max_length": model.max_length}
+        longest = (
+            model.max_seq_length if hasattr(model, "max_seq_length") else model.max_length
+        )  # sentence-transformers 5
+        return model.model, {"tokenizer": model.tokenizer, "max_length": longest}
     if type(model).__name__ != "SentenceTransformer":
         return model, {}
     found: dict[str, Any] = {"tokenizer": model.tokenizer, "max_length": model.max_seq_length}

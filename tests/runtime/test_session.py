@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -258,6 +258,11 @@ def test_texts_and_pairs_are_classified(sentence_transformer, tmp_path):
         session.classify(texts, ["a"])
     with pytest.raises(InputError, match="is a classifier of LABEL_0, LABEL_1, LABEL_2: call classify"):
         session.embed(texts)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    reranker = CrossEncoder(str(tmp_path / "model"), device="cpu")
+    again = Session(export(reranker, tmp_path / "reranker", linears="float32"))
+    assert np.array_equal(again.classify(texts, others), session.classify(texts, others))
     encoder = Session(export(bert(), tmp_path / "encoder"))
     with pytest.raises(InputError, match="is no classifier"):
         encoder.classify(texts)
