@@ -1,6 +1,7 @@
 """The runtime: packed encoders against the models that they were exported from, the same bits whatever the batch."""
 
 import contextlib
+import hashlib
 import os
 import pickle
 import shutil
@@ -266,6 +267,23 @@ def test_texts_and_pairs_are_classified(sentence_transformer, tmp_path):
     encoder = Session(export(bert(), tmp_path / "encoder"))
     with pytest.raises(InputError, match="is no classifier"):
         encoder.classify(texts)
+
+
+GOLDEN_MODELS = {  # type of the linears: the first 8 bytes of a SHA-256
+    "float32": "3d38c06270ddc03e",
+    "int8": "0187e432b45073f4",
+}
+
+
+@pytest.mark.parametrize("linears", GOLDEN_MODELS)
+def test_all_bytes_of_a_small_model_are_those_of_version_2(linears, tmp_path):
+    """docs/format.md: a change here is a new version."""
+    model = BertForSequenceClassification(BertConfig(**SIZES, **SMALL))
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(((torch.arange(parameter.numel()) * (i + 3) % 31 - 15) / 64).view_as(parameter))
+    data = (export(model, tmp_path, linears=linears) / MODEL_FILE).read_bytes()
+    assert hashlib.sha256(data).hexdigest()[:16] == GOLDEN_MODELS[linears]
 
 
 def test_a_head_that_is_left_out_is_said(tmp_path):
