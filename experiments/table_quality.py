@@ -1,4 +1,4 @@
-"""What fewer bits a row cost a trained lookup model: log perplexity with its tables in int8 and int4, and rivals.
+"""What fewer bits a row cost a trained lookup model: log perplexity with int8 and int4 tables, and other quantisers.
 
     lookupffn pretrain --preset small --ffn lookup --data stdlib --steps 500 --output-dir runs/table-quality
     python experiments/table_quality.py runs/table-quality >> experiments/table-quality.jsonl

@@ -146,14 +146,7 @@ LOOKUPFFN_INLINE activation4 broadcast_activations(const uint8_t* p, size_t plan
 LOOKUPFFN_INLINE i32x16 dot4_i8(i32x16 acc, activation4 x, bytes64 w) {  // as in simd/avx2.h
   return dot4_u7i8(acc, x.magnitude, {_mm512_xor_si512(w.v, x.negative.v)});
 }
-LOOKUPFFN_INLINE int32_t sum_of_negatives(const uint8_t* p, size_t plane, int count) {
-  __m128i sum = _mm_setzero_si128();
-  for (int i = 0; i < count; i += 16) {
-    const __m128i q = _mm_loadu_si128((const __m128i*)(p + i)), m = _mm_loadu_si128((const __m128i*)(p + plane + i));
-    sum = _mm_add_epi64(sum, _mm_sad_epu8(_mm_and_si128(q, m), _mm_setzero_si128()));
-  }
-  return _mm_cvtsi128_si32(sum) + _mm_extract_epi32(sum, 2);
-}
+#include "simd/negatives_x86.h"
 #endif
 
 LOOKUPFFN_INLINE void dot4_rows(i32x16 acc[4], bytes64 r0, bytes64 r1, bytes64 r2, bytes64 r3, const uint8_t* scores) {

@@ -250,6 +250,8 @@ def read_metadata(path: Path) -> dict[str, str]:
             metadata = json.loads(file.read(length))["__metadata__"]
         if metadata["format"] != FILE_FORMAT or metadata["version"] != str(VERSION):
             raise ValueError(f"format {metadata['format']!r}, version {metadata['version']!r}")
+        if not isinstance(json.loads(metadata.get("labels", "[]")), list):
+            raise ValueError(f"labels {metadata['labels']!r}")
     except (ValueError, KeyError, TypeError, struct.error) as error:
         raise InputError(f"{path} is damaged or no packed model: {error}") from None
     return metadata

@@ -121,7 +121,7 @@ class Session:
     @property
     def labels(self) -> list[str]:
         """Of a sequence classifier's logits; empty for an encoder."""
-        return json.loads(self.metadata["labels"])
+        return json.loads(self.metadata.get("labels", "[]"))
 
     # ---- Ids ---------------------------------------------------------------------------------------------------------
 

@@ -286,6 +286,13 @@ def test_all_bytes_of_a_small_model_are_those_of_version_2(linears, tmp_path):
     assert hashlib.sha256(data).hexdigest()[:16] == GOLDEN_MODELS[linears]
 
 
+def test_labels_that_are_no_list_are_refused(tmp_path):
+    file = export(bert(), tmp_path) / MODEL_FILE
+    file.write_bytes(file.read_bytes().replace(b'"labels":"[]"', b'"labels":"{}"'))
+    with pytest.raises(InputError, match=r"labels '\{\}'"):
+        Session(tmp_path)
+
+
 def test_a_head_that_is_left_out_is_said(tmp_path):
     with pytest.warns(UserWarning, match="the head of BertForMaskedLM is left out"):
         export(BertForMaskedLM(BertConfig(vocab_size=VOCAB, **SMALL)), tmp_path)
