@@ -91,7 +91,14 @@ const char* guarded(const Body& body) {
 }
 
 Batch batch_of(const lookupffn_batch& b) {
-  return {.texts = b.texts, .lengths = b.lengths, .ids = b.ids, .positions = b.positions, .types = b.types};
+  return {.texts = b.texts,
+          .lengths = b.lengths,
+          .ids = b.ids,
+          .positions = b.positions,
+          .types = b.types,
+          .offsets = b.offsets,
+          .places = b.places,
+          .place = b.place};
 }
 
 struct OwnPool {

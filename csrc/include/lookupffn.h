@@ -23,11 +23,11 @@ typedef struct lookupffn_model lookupffn_model;
 typedef struct {
   int32_t vocab_size, hidden_size, num_layers, num_heads, max_positions, type_vocab_size;
   int32_t first_position; /* of a text's first token, where no positions are given */
-  int32_t pooling;        /* 0 none, 1 mean, 2 the first token */
+  int32_t pooling;        /* 0 none, 1 mean, 2 the first token, 3 the tokens that a batch names */
   int32_t normalised;     /* whether pooled vectors have length 1 */
   int32_t lookup_layers;  /* feed-forward layers that are lookups */
   int32_t pooled_size;    /* of a pooled vector: hidden_size, or the outputs of the head behind it */
-  int32_t head;           /* linears behind the pooling, as of a classifier; 0 for none */
+  int32_t head;           /* linears behind the pooling, as of a classifier or a masked LM; 0 for none */
 } lookupffn_description;
 
 /* Texts one after another, without padding. */
@@ -37,6 +37,9 @@ typedef struct {
   const int32_t* ids;       /* [tokens] */
   const int32_t* positions; /* [tokens], or NULL */
   const int32_t* types;     /* [tokens], or NULL */
+  const int32_t* offsets;   /* [tokens] between which distances are taken, or NULL: 0, 1, ... in each text */
+  int64_t places;           /* with pooling 3, the tokens that are answered for */
+  const int64_t* place;     /* [places], in rising order */
 } lookupffn_batch;
 
 /* Threads of the caller's: run(host, ...) calls task(context, i) for every i < tasks, in any order, and returns when
@@ -57,8 +60,8 @@ LOOKUPFFN_API void lookupffn_describe(const lookupffn_model* model, lookupffn_de
 LOOKUPFFN_API const char* lookupffn_workspace(const lookupffn_model* model, const lookupffn_batch* batch, int threads,
                                               size_t* bytes);
 
-/* hidden [tokens][hidden_size] and pooled [texts][pooled_size], either of which may be NULL. A text's result has the
- * same bits whatever else is in the batch and however many threads take part. Without a pool: one thread. */
+/* hidden [tokens][hidden_size] and pooled [texts, or places][pooled_size], either of which may be NULL. A text's result
+ * has the same bits whatever else is in the batch and however many threads take part. Without a pool: one thread. */
 LOOKUPFFN_API const char* lookupffn_run(const lookupffn_model* model, const lookupffn_batch* batch, float* hidden,
                                         float* pooled, void* workspace, size_t bytes, const lookupffn_pool* pool);
 

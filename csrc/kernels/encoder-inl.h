@@ -1,5 +1,5 @@
-// What an encoder has beside products and lookups: quantisation of a product's input, its epilogue, norms, activations,
-// attention, sums of embeddings. A row's result depends on that row alone: sums run in one order, whatever the batch.
+// What an encoder has beside lookups and attention: linears, from their input's quantisation to their epilogue, norms,
+// sums of embeddings. A row's result depends on that row alone: sums run in one order, whatever the batch.
 
 // ---- Activations ----------------------------------------------------------------------------------------------------
 
@@ -104,7 +104,7 @@ static void quantise_rows(const LinearArgs& a, size_t q_bytes, QuantisedRows* q)
 
 constexpr int kSlice = 64;  // outputs whose sums and weights stay in L1 from the product to what is done with them
 
-// y = activation(scale * sums + outliers' products + bias) + residual, for a slice of the outputs of token t.
+// y = activation(scale * sums + outliers' products + bias) * gate + residual, for a slice of the outputs of token t.
 template <bool kScaled, bool kResidual>
 LOOKUPFFN_INLINE void finish_row(const LinearArgs& a, const QuantisedRows* q, Activation kind, int first, int t) {
   const float* sums = a.sums + t * kSlice;
@@ -131,6 +131,7 @@ LOOKUPFFN_INLINE void finish_row(const LinearArgs& a, const QuantisedRows* q, Ac
       v = fma(sum, load(a.w.scales + first + i), v);
     }
     v = activate(kind, add(v, load(a.bias + first + i)));
+    if (a.gate) v = mul(v, load(a.gate + t * a.gate_stride + first + i));
     if (kResidual) v = add(v, load(a.residual + t * a.residual_stride + first + i));
     store(a.y + t * a.y_stride + first + i, v);
   }
@@ -152,7 +153,8 @@ static void finish_rows(const LinearArgs& a, const QuantisedRows* q, int first) 
   }
 }
 
-static void linear_f32(const LinearArgs& a) {
+template <WeightType kType>
+static void linear_float(const LinearArgs& a) {
   MultiplyArgs product = {.w = a.w,
                           .x = (const uint8_t*)a.x,
                           .x_bytes = 4 * a.x_stride,
@@ -161,8 +163,8 @@ static void linear_f32(const LinearArgs& a) {
                           .y_stride = kSlice};
   product.w.block_out = kSlice;
   for (int first = 0; first < a.w.block_out; first += kSlice) {
-    product.w.words = a.w.words + (size_t)first * a.w.block_in * 4;
-    multiply<WeightType::kFloat32>(product);
+    product.w.words = a.w.words + (size_t)first * a.w.block_in * element_size(kType);
+    multiply<kType>(product);
     finish_rows<false>(a, nullptr, first);
   }
 }
@@ -186,7 +188,13 @@ static void linear_i8(const LinearArgs& a) {
   }
 }
 
-static void linear(const LinearArgs& a) { a.type == WeightType::kInt8 ? linear_i8(a) : linear_f32(a); }
+static void linear(const LinearArgs& a) {
+  switch (a.type) {
+    case WeightType::kInt8: return linear_i8(a);
+    case WeightType::kBFloat16: return linear_float<WeightType::kBFloat16>(a);
+    default: return linear_float<WeightType::kFloat32>(a);
+  }
+}
 
 // ---- Norms ----------------------------------------------------------------------------------------------------------
 
@@ -224,127 +232,6 @@ static void norm_rows(const NormRowsArgs& a) {
       store(y + i, add(mul(mul(sub(load(x + i), m), s), load(a.weight + i)), load(a.bias + i)));
   }
 }
-
-// ---- Attention ------------------------------------------------------------------------------------------------------
-
-// softmax(q k^T + mask) v of one head for the queries [begin, end) of a sequence; q is scaled already. Keys come
-// transposed, (head_dim, keys), and values as rows; keys are padded to whole vectors with zeros.
-template <int kQueries, int kDims>
-LOOKUPFFN_INLINE void attend_tile(const AttendArgs& a, int64_t query) {
-  const int keys = a.causal ? (int)(query + kQueries) : a.keys;  // of the last query; earlier ones see fewer
-  const int padded = (keys + 15) / 16 * 16;
-  const float* q[kQueries];
-  float* p[kQueries];
-#pragma GCC unroll 8
-  for (int t = 0; t < kQueries; t++) {
-    q[t] = a.q + (query + t) * a.stride;
-    p[t] = a.scores + (size_t)t * a.keys_stride;
-  }
-  f32x16 top[kQueries];
-#pragma GCC unroll 8
-  for (int t = 0; t < kQueries; t++) top[t] = set1(-__builtin_inff());
-  int i = 0;
-  const auto block = [&](auto vectors) __attribute__((always_inline)) {
-    constexpr int kVectors = decltype(vectors)::value;
-    f32x16 sum[kQueries][kVectors];
-#pragma GCC unroll 8
-    for (int t = 0; t < kQueries; t++)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) sum[t][v] = zero_f32();
-    for (int d = 0; d < a.head_dim; d++) {
-      f32x16 k[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) k[v] = load(a.k + (size_t)d * a.keys_stride + i + 16 * v);
-#pragma GCC unroll 8
-      for (int t = 0; t < kQueries; t++) {
-        const f32x16 x = set1(q[t][d]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; v++) sum[t][v] = fma(x, k[v], sum[t][v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < kQueries; t++) {
-      const int seen = a.causal ? (int)(query + t + 1) : keys;
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) {
-        const int left = seen - (i + 16 * v);
-        f32x16 s = sum[t][v];
-        if (left < 16) s = select(less(load(kLaneIndex), set1((int32_t)left)), s, set1(-__builtin_inff()));
-        top[t] = max(top[t], s);
-        store(p[t] + i + 16 * v, s);
-      }
-    }
-    i += 16 * kVectors;
-  };
-  for (; i + 16 * kKeyVectors <= padded;) block(Count<kKeyVectors>());
-  for (; i < padded;) block(Count<1>());
-
-  float inverse[kQueries];
-#pragma GCC unroll 8
-  for (int t = 0; t < kQueries; t++) {
-    float lane[16];
-    store(lane, top[t]);
-    float most = lane[0];
-    for (int j = 1; j < 16; j++) most = lane[j] > most ? lane[j] : most;
-    const f32x16 m = set1(most), half = set1(0.5f);
-    f32x16 sum = zero_f32();
-    for (int j = 0; j < padded; j += 16) {
-      const f32x16 s = load(p[t] + j), e = exp_minus_2(mul(half, sub(m, s)));
-      const f32x16 kept = select(less(set1(-__builtin_inff()), s), e, zero_f32());
-      sum = add(sum, kept);
-      store(p[t] + j, kept);
-    }
-    inverse[t] = 1.0f / sum_of(sum);
-  }
-  for (int first = 0; first < a.head_dim; first += 16 * kDims) {
-    f32x16 sum[kQueries][kDims];
-#pragma GCC unroll 8
-    for (int t = 0; t < kQueries; t++)
-#pragma GCC unroll 8
-      for (int v = 0; v < kDims; v++) sum[t][v] = zero_f32();
-    for (int j = 0; j < keys; j++) {
-      f32x16 row[kDims];
-#pragma GCC unroll 8
-      for (int v = 0; v < kDims; v++) row[v] = load(a.v + (size_t)j * a.head_dim + first + 16 * v);
-#pragma GCC unroll 8
-      for (int t = 0; t < kQueries; t++) {
-        const f32x16 w = set1(p[t][j]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kDims; v++) sum[t][v] = fma(w, row[v], sum[t][v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < kQueries; t++)
-#pragma GCC unroll 8
-      for (int v = 0; v < kDims; v++)
-        store(a.y + (query + t) * a.y_stride + first + 16 * v, mul(sum[t][v], set1(inverse[t])));
-  }
-}
-
-// Keys of one head as (head_dim, keys) and its values as rows.
-static void pack_head(const PackHeadArgs& a) {
-  for (int i = 0; i < a.keys; i += 16) {
-    const int rows = a.keys - i < 16 ? a.keys - i : 16;
-    for (int d = 0; d < a.head_dim; d += 16) {
-      f32x16 r[16];
-      for (int t = 0; t < 16; t++) r[t] = t < rows ? load(a.k + (int64_t)(i + t) * a.stride + d) : zero_f32();
-      transpose(r);
-      for (int j = 0; j < 16; j++) store(a.keys_out + (size_t)(d + j) * a.keys_stride + i, r[j]);
-    }
-    for (int t = 0; t < rows; t++)
-      for (int d = 0; d < a.head_dim; d += 16)
-        store(a.values_out + (size_t)(i + t) * a.head_dim + d, load(a.v + (int64_t)(i + t) * a.stride + d));
-  }
-}
-
-template <int kDims>
-static void attend_queries(const AttendArgs& a) {
-  int64_t query = a.begin;
-  for (; query + kQueryTile <= a.end; query += kQueryTile) attend_tile<kQueryTile, kDims>(a, query);
-  for (; query < a.end; query++) attend_tile<1, kDims>(a, query);
-}
-
-static void attend(const AttendArgs& a) { a.head_dim % 32 ? attend_queries<1>(a) : attend_queries<2>(a); }
 
 // ---- Embeddings and pooling -----------------------------------------------------------------------------------------
 

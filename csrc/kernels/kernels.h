@@ -16,10 +16,10 @@ constexpr int kMaxReads = 4;     // buckets of a table that a token reads
 constexpr int kTrainSlice = 64;  // outputs of a table that training reads at once
 constexpr int32_t kLaneIndex[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-enum class WeightType : int32_t { kFloat32 = 0, kInt16 = 1, kInt8 = 2 };
+enum class WeightType : int32_t { kFloat32 = 0, kInt16 = 1, kInt8 = 2, kBFloat16 = 3 };
 enum class TableType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
-inline size_t element_size(WeightType t) { return t == WeightType::kFloat32 ? 4 : t == WeightType::kInt16 ? 2 : 1; }
+inline size_t element_size(WeightType t) { return t == WeightType::kFloat32 ? 4 : t == WeightType::kInt8 ? 1 : 2; }
 inline int bits_of(TableType t) {
   return t == TableType::kFloat32 ? 32 : t == TableType::kBFloat16 ? 16 : t == TableType::kInt8 ? 8 : 4;
 }
@@ -171,18 +171,20 @@ struct InferenceKernels {
 
 enum class Activation : int32_t { kNone = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3, kRelu = 4, kTanh = 5 };
 
-// y = activation(x W^T + bias) + residual for a tile of tokens. Int8 weights: x is quantised by token.
+// y = activation(x W^T + bias) * gate + residual for a tile of tokens. Int8 weights: x is quantised by token.
 struct LinearArgs {
-  WeightType type;  // float32 or int8
+  WeightType type;  // float32, bfloat16 or int8
   BlockWeights w;   // one block, inputs and outputs padded to multiples of 64
   const float* bias;
   Activation activation;
   float* x;  // rows of w.block_in; as it was, when all is done
   size_t x_stride;
   int tokens;             // at most kMaxTile
-  const float* residual;  // or null
+  const float* residual;  // or null, as the gate
   size_t residual_stride;
-  float* y;  // rows of w.block_out; may be the residual
+  const float* gate;
+  size_t gate_stride;
+  float* y;  // rows of w.block_out; may be the residual or the gate
   size_t y_stride;
   uint8_t* quantised;  // scratch: [tokens][block_in][activation_planes]
   float* sums;         // scratch: [tokens][64]
@@ -208,6 +210,12 @@ struct PackHeadArgs {  // of a sequence: keys as (head_dim, keys), values as (ke
   float* values_out;
 };
 
+struct RotateArgs {     // pairs of a token's heads by angles of its position: (a, b) to (a cos - b sin, b cos + a sin)
+  float* x;             // [heads][head_dim], whose halves are the pairs' sides
+  int heads, head_dim;  // a multiple of 32
+  const float* angles;  // [head_dim]: cosines, then sines
+};
+
 struct AttendArgs {
   const float* q;  // of the sequence's first token, rows `stride` apart
   int64_t stride;
@@ -216,6 +224,9 @@ struct AttendArgs {
   size_t keys_stride;
   int keys, head_dim;
   bool causal;
+  const float* bias;  // or null: added to the scores of query i, from key 0 on, at bias + (i - begin) * bias_step
+  int64_t bias_step;
+  int reach;      // keys further away have a bias of minus infinity and may be passed over; 0: all count
   float* scores;  // [kMaxQueryTile][keys_stride]
   float* y;       // of the sequence's first token
   int64_t y_stride;
@@ -240,6 +251,7 @@ struct EncoderKernels {
   void (*linear)(const LinearArgs&);
   void (*norm_rows)(const NormRowsArgs&);
   void (*pack_head)(const PackHeadArgs&);
+  void (*rotate)(const RotateArgs&);
   void (*attend)(const AttendArgs&);
   void (*add_rows)(const AddRowsArgs&);
   void (*pool_rows)(const PoolRowsArgs&);

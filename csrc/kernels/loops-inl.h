@@ -12,6 +12,7 @@
 #include "kernels/hash-inl.h"
 #include "kernels/gather-inl.h"
 #include "kernels/encoder-inl.h"
+#include "kernels/attention-inl.h"
 #include "kernels/training-inl.h"
 
 static const InferenceKernels kInference = {
@@ -28,6 +29,7 @@ static const EncoderKernels kEncoder = {
     .linear = linear,
     .norm_rows = norm_rows,
     .pack_head = pack_head,
+    .rotate = rotate,
     .attend = attend,
     .add_rows = add_rows,
     .pool_rows = pool_rows,

@@ -9,6 +9,7 @@ template <>
 struct Product<WeightType::kFloat32> {
   typedef f32x16 Sum;
   typedef bytes64 Word;
+  static constexpr int kInputBytes = 4;  // that meet a word of weights
   static LOOKUPFFN_INLINE Sum start(const int32_t*) { return zero_f32(); }
   static LOOKUPFFN_INLINE Sum of_token(Sum start, const int32_t*) { return start; }
   static LOOKUPFFN_INLINE Word broadcast(const uint8_t* x, size_t) { return broadcast_word(x); }
@@ -16,10 +17,30 @@ struct Product<WeightType::kFloat32> {
   static LOOKUPFFN_INLINE f32x16 finish(Sum sum, const float*) { return sum; }
 };
 
+// Activations stay in float32, two for a word of weights.
+template <>
+struct Product<WeightType::kBFloat16> {
+  typedef f32x16 Sum;
+  struct Word { f32x16 first, second; };
+  static constexpr int kInputBytes = 8;
+  static LOOKUPFFN_INLINE Sum start(const int32_t*) { return zero_f32(); }
+  static LOOKUPFFN_INLINE Sum of_token(Sum start, const int32_t*) { return start; }
+  static LOOKUPFFN_INLINE Word broadcast(const uint8_t* x, size_t) {
+    float pair[2];
+    __builtin_memcpy(pair, x, sizeof pair);
+    return {set1(pair[0]), set1(pair[1])};
+  }
+  static LOOKUPFFN_INLINE Sum step(Sum sum, Word x, bytes64 w) {
+    return fma(x.second, high_bf16(w), fma(x.first, low_bf16(w), sum));
+  }
+  static LOOKUPFFN_INLINE f32x16 finish(Sum sum, const float*) { return sum; }
+};
+
 template <>
 struct Product<WeightType::kInt16> {
   typedef i32x16 Sum;
   typedef bytes64 Word;
+  static constexpr int kInputBytes = 4;
   static LOOKUPFFN_INLINE Sum start(const int32_t*) { return zero_i32(); }
   static LOOKUPFFN_INLINE Sum of_token(Sum start, const int32_t*) { return start; }
   static LOOKUPFFN_INLINE Word broadcast(const uint8_t* x, size_t) { return broadcast_word(x); }
@@ -31,6 +52,7 @@ template <>
 struct Product<WeightType::kInt8> {
   typedef i32x16 Sum;
   typedef activation4 Word;
+  static constexpr int kInputBytes = 4;
   static LOOKUPFFN_INLINE Sum start(const int32_t* offsets) { return kActivationOffset ? load(offsets) : zero_i32(); }
   static LOOKUPFFN_INLINE Sum of_token(Sum start, const int32_t* negatives) {
     return kActivationPlanes == 2 ? set1(*negatives) : start;
@@ -66,7 +88,7 @@ LOOKUPFFN_INLINE void multiply_tile(const Panels& a, int t) {
 #pragma GCC unroll 8
     for (int i = 0; i < kTokens; i++) sum[i][p] = P::of_token(start, a.negatives + t + i);
   }
-  for (int k = 0; k < a.words; k++, x += 4, w += step) {
+  for (int k = 0; k < a.words; k++, x += P::kInputBytes, w += step) {
     bytes64 weight[kPanels];
 #pragma GCC unroll 8
     for (int p = 0; p < kPanels; p++) weight[p] = load_bytes(w + 64 * p);

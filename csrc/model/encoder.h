@@ -10,7 +10,7 @@
 
 namespace lookupffn {
 
-enum class Pooling : int32_t { kNone = 0, kMean = 1, kCls = 2 };
+enum class Pooling : int32_t { kNone = 0, kMean = 1, kCls = 2, kTokens = 3 };  // of places that a batch names
 
 // The numbers of a model record, in this order.
 struct EncoderConfig {
@@ -23,7 +23,15 @@ struct EncoderConfig {
   int32_t normalise;
   int32_t first_position;  // of a text's first token, where positions are not given
   int32_t head;            // linears behind the pooling, as of a classifier
+  int32_t head_norm;       // behind the first of them
+  int32_t bare_start;      // the first layer's attention takes the embeddings as they are, without its norm
+  int32_t gated;           // dense FFNs are down(activation(up x) * gate x)
+  int32_t rotary;          // positions turn queries and keys, and are not embedded
+  int32_t relative;        // scores have a bias by head and distance
+  int32_t window;          // of local layers: keys further away are not attended to; 0: no layer is local
+  int32_t global_every;    // with a window: layers 0, n, 2 n, ... attend to all keys
 
+  bool is_local(int layer) const { return window && layer % global_every; }
   int attention_width() const { return heads * head_dim; }
 };
 
@@ -31,17 +39,20 @@ struct EncoderLayer {
   Norm attention_norm, ffn_norm;
   Linear query_key_value, output;
   bool has_lookup;
-  Linear up, down;  // a dense FFN
-  Layer lookup;     // or a lookup
+  Linear up, gate, down;  // a dense FFN
+  Layer lookup;           // or a lookup
 };
 
 struct Encoder {
   EncoderConfig config;
   Embedding words, positions, types;
-  Norm embedding_norm, final_norm;
+  Embedding rotations[2];  // [max_positions][head_dim], of global and of local layers
+  Embedding relative;      // [heads][2 max_positions + 14], from distance 1 - max_positions on
+  Norm embedding_norm, final_norm, head_norm;
   std::vector<EncoderLayer> layers;
   std::vector<Linear> head;
-  int widest;  // of rows between its products, padded
+  std::vector<float> window_bias;  // a row as of `relative`: 0 within the window, minus infinity behind
+  int widest, head_widest;         // of rows between the layers' products, of the head's; padded
 
   int pooled_size() const { return head.empty() ? config.width : head.back().out_features; }
 };
@@ -58,11 +69,14 @@ struct Batch {
   const int32_t* ids;        // [tokens]
   const int32_t* positions;  // [tokens], or null: 0, 1, ... from config.first_position on
   const int32_t* types;      // [tokens], or null: 0
+  const int32_t* offsets;    // [tokens] between which distances are taken, or null: 0, 1, ... in each text
+  int64_t places;            // tokens that the head answers for, with Pooling::kTokens
+  const int64_t* place;      // [places], in rising order
 };
 
 struct Outputs {
   float* hidden;  // [tokens][width], or null
-  float* pooled;  // [texts][pooled_size], or null
+  float* pooled;  // [texts, or places][pooled_size], or null
 };
 
 // What is wrong with a batch; and how many tokens it has.

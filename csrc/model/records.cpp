@@ -88,12 +88,13 @@ std::string open_linear(Bytes bytes, Linear* l) {
   l->type = WeightType(h.size[4]), l->activation = Activation(h.size[5]);
   if (!padded(l->in_features, l->block_in)) return field("block_in", l->block_in);
   if (!padded(l->out_features, l->block_out)) return field("block_out", l->block_out);
-  if (l->type != WeightType::kFloat32 && l->type != WeightType::kInt8) return field("weight_type", h.size[4]);
+  if (l->type != WeightType::kFloat32 && l->type != WeightType::kBFloat16 && l->type != WeightType::kInt8)
+    return field("weight_type", h.size[4]);
   if (l->activation < Activation::kNone || l->activation > Activation::kTanh) return field("activation", h.size[5]);
   const bool integer = l->type == WeightType::kInt8;
   if (integer && l->block_in > 66000) return field("block_in", l->block_in) + ", too many for 32-bit sums";
   Sections sections(bytes);
-  l->weights = {.words = sections.take(int64_t(l->block_in) * l->block_out, integer ? 1 : 4),
+  l->weights = {.words = sections.take(int64_t(l->block_in) * l->block_out, int64_t(element_size(l->type))),
                 .scales = sections.floats(integer ? l->block_out : 0),
                 .offsets = reinterpret_cast<const int32_t*>(sections.floats(integer ? l->block_out : 0)),
                 .blocks = 1,

@@ -31,7 +31,7 @@ struct Bytes {
 // y = activation(x W^T + bias). Inputs and outputs are padded to multiples of 64 with zeros.
 struct Linear {
   int in_features, out_features, block_in, block_out;
-  WeightType type;  // float32 or int8
+  WeightType type;  // float32, bfloat16 or int8
   Activation activation;
   BlockWeights weights;
   const float* bias;  // [block_out]

@@ -26,10 +26,10 @@ def export(
 ) -> Path:
     """Writes ``model`` to ``folder`` for :class:`lookupffn.Session`; returns the folder.
 
-    ``model`` is a Hugging Face encoder or sequence classifier (``families.FAMILIES``), or a SentenceTransformer or
-    CrossEncoder of sentence-transformers, whose tokenizer and pooling go along. ``linears`` is the type of dense
-    products, ``"int8"`` or ``"float32"``, ``tables`` that of lookup tables. ``pooling`` is ``"mean"``, ``"cls"`` or
-    ``"none"``.
+    ``model`` is a Hugging Face encoder, sequence classifier or masked LM (``families.FAMILIES``), or a
+    SentenceTransformer or CrossEncoder of sentence-transformers, whose tokenizer and pooling go along. ``linears`` is
+    the type of dense products' weights, ``"int8"``, ``"bfloat16"`` or ``"float32"``, ``tables`` that of lookup tables.
+    ``pooling`` is ``"mean"``, ``"cls"`` or ``"none"``; given for a masked LM, it leaves the head out.
 
     Raises:
         InputError: a family or an option that the runtime does not have; the message names it.
@@ -40,10 +40,13 @@ def export(
     graph = graph_of(encoder)
     pooling = found.get("pooling", graph.pooling) if pooling is None else pooling
     normalise = found.get("normalise", False) if normalise is None else normalise
-    if pooling not in POOLINGS:
-        raise InputError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+    if pooling not in POOLINGS or (pooling == "tokens" and graph.pooling != "tokens"):
+        raise InputError(f"pooling must be one of none, mean, cls, not {pooling!r}")
+    if graph.pooling == "tokens" and pooling != "tokens":
+        graph = dataclasses.replace(graph, head=(), head_norm=None)
     longest = found.get("max_length") or getattr(tokenizer, "model_max_length", None) or 1 << 30
     graph = dataclasses.replace(graph, pooling=pooling, normalised=normalise, max_length=int(longest))
+    graph = dataclasses.replace(graph, mask_token_id=getattr(tokenizer, "mask_token_id", None))
     folder = Path(folder)
     contents = model_bytes(graph, linears, tables)  # before anything is written
     make_folder(folder)

@@ -23,7 +23,7 @@ POSITIONS = ("index", "mask", "ids")  # places in the row, tokens of the mask, o
 @dataclass(frozen=True)
 class Norm:
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     epsilon: float
     rms: bool = False
 
@@ -33,61 +33,101 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A dense feed-forward layer, ``down(activation(up(x)))``."""
+class Linear:
+    """``x W^T + bias``, as an ``nn.Linear`` that is a part of a larger one."""
 
-    up: nn.Linear
-    down: nn.Linear
+    weight: Tensor
+    bias: Tensor | None
+
+
+Product = nn.Linear | Linear
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense feed-forward layer, ``down(activation(up(x)))``, or gated: ``down(activation(up(x)) * gate(x))``."""
+
+    up: Product
+    down: Product
     activation: str
+    gate: Product | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
-    attention_norm: Norm
-    query: tuple[Tensor, Tensor]  # weight (H d, D) and bias, as key and value have them
-    key: tuple[Tensor, Tensor]
-    value: tuple[Tensor, Tensor]
-    output: nn.Linear
+    attention_norm: Norm | None
+    query: Product
+    key: Product
+    value: Product
+    output: Product
     ffn_norm: Norm
     ffn: Dense | LookupFFN
 
 
 @dataclass(frozen=True)
 class Graph:
-    """An encoder: ``words + positions (+ types)``, normed or not, then layers, with norms before or behind sums."""
+    """An encoder: ``words (+ positions) (+ types)``, normed or not, then layers, with norms before or behind sums.
+
+    rotations: of rotary positions, one ``(max_positions, head_dim)`` for all layers or one for global and one for local
+        ones: cosines for the pairs ``(i, i + head_dim / 2)``, then sines.
+    relative: added to attention scores, ``(heads, 2 max_positions - 1)`` by the key's distance from the query, from
+        ``1 - max_positions`` on.
+    window: keys further away are not attended to, except in every ``global_every``-th layer, from layer 0 on.
+    head: linears behind the pooling, and their activations; ``head_norm`` stands behind the first.
+    """
 
     family: str
     heads: int
     words: Tensor
-    positions: Tensor
+    positions: Tensor | None
     types: Tensor | None
     embedding_norm: Norm | None
     layers: list[Layer]
     final_norm: Norm | None
     pre_norm: bool
+    max_positions: int
     causal: bool = False
+    rotations: tuple[Tensor, ...] = ()
+    relative: Tensor | None = None
+    window: int = 0
+    global_every: int = 0
     position_rule: str = "index"
     first_position: int = 0
     pad_token_id: int = 0
     pooling: str = "none"
     normalised: bool = False
     max_length: int = 1 << 30  # of a text, in tokens: the rest is cut off
-    head: tuple[tuple[nn.Linear, str | None], ...] = ()  # linears behind the pooling, and their activations
-    labels: tuple[str, ...] = ()  # of the head's outputs
+    head: tuple[tuple[Product, str | None], ...] = ()
+    head_norm: Norm | None = None
+    labels: tuple[str, ...] = ()  # of the outputs of a classifier
+    mask_token_id: int | None = None  # of a masked LM, where its tokenizer is known
 
     @property
     def width(self) -> int:
         return self.words.shape[1]
 
+    @property
+    def head_dim(self) -> int:
+        return self.layers[0].query.weight.shape[0] // self.heads if self.layers else 1
 
-def classifier(model: Any, *linears: tuple[nn.Linear, str | None], pooling: str = "cls") -> dict[str, Any]:
+
+def classifier(model: Any, *linears: tuple[Product, str | None], pooling: str = "cls") -> dict[str, Any]:
     """The fields of the graph of a sequence classifier with this head."""
-    labels = tuple(str(model.config.id2label[i]) for i in range(linears[-1][0].out_features))
+    labels = tuple(str(model.config.id2label[i]) for i in range(len(linears[-1][0].weight)))
     return {"head": linears, "labels": labels, "pooling": pooling}
+
+
+def language_model(dense: Product, activation: str, norm: nn.LayerNorm, decoder: Product) -> dict[str, Any]:
+    """The fields of the graph of a language model with this head, which answers for single tokens."""
+    return {"head": ((dense, activation), (decoder, None)), "head_norm": Norm.of(norm), "pooling": "tokens"}
 
 
 def is_classifier(model: Any) -> bool:
     return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def is_language_model(model: Any) -> bool:
+    return type(model).__name__.endswith(("ForMaskedLM", "ForCausalLM"))
 
 
 def activation_of(name: object, where: str) -> str:

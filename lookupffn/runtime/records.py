@@ -1,7 +1,8 @@
 """The bytes of a packed model: one record a part, all in one safetensors file (docs/format.md, version 2).
 
 Differs from the model in three ways, none of which a float32 record rounds: widths are padded with zeros to multiples
-of 64 and heads to 16, queries are scaled by ``1 / sqrt(head_dim)``, and query, key and value are one product.
+of 64 and heads to 16 (halves of heads, where they are rotated), queries are scaled by ``1 / sqrt(head_dim)``, and
+query, key and value are one product.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lookupffn.errors import InputError
-from lookupffn.layer import LookupFFN
 from lookupffn.runtime.format import (
     LANES,
     MAGIC,
@@ -31,12 +31,12 @@ from lookupffn.runtime.format import (
     quantised_weights,
     round_up,
 )
-from lookupffn.runtime.graph import ACTIVATIONS, Dense, Graph, Layer, Norm
+from lookupffn.runtime.graph import ACTIVATIONS, POSITIONS, Dense, Graph, Layer, Linear, Norm, Product
 
 VERSION = 2
 KINDS = {"linear": 2, "norm": 3, "embedding": 4, "model": 5}
-LINEAR_TYPES = {"float32": 0, "int8": 2}
-POOLINGS = {"none": 0, "mean": 1, "cls": 2}
+LINEAR_TYPES = {"float32": 0, "int8": 2, "bfloat16": 3}
+POOLINGS = {"none": 0, "mean": 1, "cls": 2, "tokens": 3}
 PADDING = 64
 SIZES = 10
 CONFIG_BYTES = 128
@@ -61,8 +61,9 @@ def _padded(values: Tensor, width: int) -> Tensor:
     return F.pad(values, (0, width - values.shape[-1]))
 
 
-def linear_record(weight: Tensor, bias: Tensor | None, dtype: str, activation: int = 0) -> Tensor:
-    """``y = activation(x W^T + bias)``, ``weight (out, in)`` float64."""
+def linear_record(linear: Product, dtype: str, activation: str | None = None) -> Tensor:
+    """``y = activation(x W^T + bias)``."""
+    weight, bias = linear.weight.double(), linear.bias
     out, inputs = weight.shape
     block_out, block_in = round_up(out, PADDING), round_up(inputs, PADDING)
     blocks = F.pad(weight, (0, block_in - inputs, 0, block_out - out))[None, None, None]
@@ -72,20 +73,21 @@ def linear_record(weight: Tensor, bias: Tensor | None, dtype: str, activation: i
         values, scales, _ = quantised_weights(blocks, "int8")
         sections = [scales.float(), values.sum(-1, dtype=torch.int32) * -128]
     else:
-        values = flush(blocks)
+        values = flush(blocks).to(getattr(torch, dtype))
     sections = [panels(values), *sections, _padded(flush(bias), block_out)]
-    sizes = [inputs, out, block_in, block_out, LINEAR_TYPES[dtype], activation]
+    sizes = [inputs, out, block_in, block_out, LINEAR_TYPES[dtype], ACTIVATIONS[activation] if activation else 0]
     return _record("linear", sizes, sections)
 
 
 def norm_record(norm: Norm) -> Tensor:
     width = len(norm.weight)
+    bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
     padded = round_up(width, PADDING)
     epsilon = struct.unpack("<i", struct.pack("<f", norm.epsilon))[0]
     return _record(
         "norm",
         [width, padded, int(norm.rms), epsilon],
-        [_padded(flush(norm.weight), padded), _padded(flush(norm.bias), padded)],
+        [_padded(flush(norm.weight), padded), _padded(flush(bias), padded)],
     )
 
 
@@ -98,7 +100,12 @@ def embedding_record(values: Tensor) -> Tensor:
 def records_of(graph: Graph, linears: str, tables: str) -> Iterator[tuple[str, Tensor]]:
     """The records of a model in the order of its graph, each with its name; that of the model itself is made last."""
     yield "words", embedding_record(graph.words)
-    yield "positions", embedding_record(graph.positions)
+    if graph.positions is not None:
+        yield "positions", embedding_record(graph.positions)
+    for i, angles in enumerate(graph.rotations):
+        yield f"rotations.{i}", embedding_record(_padded_halves(angles, 1, graph.head_dim).flatten(1))
+    if graph.relative is not None:  # and zeros for what a vector reads behind the last distance
+        yield "relative", embedding_record(F.pad(graph.relative, (0, LANES - 1)))
     if graph.types is not None:
         yield "types", embedding_record(graph.types)
     if graph.embedding_norm:
@@ -109,53 +116,64 @@ def records_of(graph: Graph, linears: str, tables: str) -> Iterator[tuple[str, T
     if graph.final_norm:
         yield "final_norm", norm_record(graph.final_norm)
     for i, (linear, activation) in enumerate(graph.head):
-        number = ACTIVATIONS[activation] if activation else 0
-        yield f"head.{i}", linear_record(linear.weight.double(), linear.bias, linears, number)
+        yield f"head.{i}", linear_record(linear, linears, activation)
+        if i == 0 and graph.head_norm:
+            yield "head_norm", norm_record(graph.head_norm)
+
+
+def _padded_head_dim(graph: Graph) -> int:
+    return round_up(graph.head_dim, 2 * LANES if graph.rotations else LANES)
+
+
+def _padded_halves(values: Tensor, dim: int, head_dim: int) -> Tensor:
+    """The two halves of each head along ``dim``, each padded to a multiple of 16, on two dimensions."""
+    halves = values.unflatten(dim, (2, head_dim // 2))
+    return F.pad(halves, (*(0, 0) * (halves.dim() - dim - 2), 0, -(head_dim // 2) % LANES))
+
+
+def _fused(graph: Graph, layer: Layer) -> Linear:
+    """Query, key and value as one product; queries are scaled."""
+    heads, head_dim = graph.heads, graph.head_dim
+    pad = _padded_head_dim(graph) - head_dim
+    weights, biases = [], []
+    for part, scale in ((layer.query, 1 / math.sqrt(head_dim)), (layer.key, 1.0), (layer.value, 1.0)):
+        bias = torch.zeros(len(part.weight)) if part.bias is None else part.bias
+        rows = torch.cat([part.weight.double(), bias.double()[:, None]], 1).unflatten(0, (heads, head_dim)) * scale
+        rotated = graph.rotations and part is not layer.value
+        rows = _padded_halves(rows, 1, head_dim).flatten(1, 2) if rotated else F.pad(rows, (0, 0, 0, pad))
+        weights.append(rows[..., :-1].flatten(0, 1))
+        biases.append(rows[..., -1].flatten())
+    return Linear(torch.cat(weights), torch.cat(biases))
 
 
 def _layer_records(graph: Graph, layer: Layer, linears: str, tables: str) -> Iterator[tuple[str, Tensor]]:
-    heads = graph.heads
-    head_dim = layer.query[0].shape[0] // heads
-    pad = round_up(head_dim, LANES) - head_dim
-    weights, biases = [], []
-    for (weight, bias), scale in zip(
-        (layer.query, layer.key, layer.value), (1 / math.sqrt(head_dim), 1.0, 1.0), strict=True
-    ):
-        weights.append(F.pad(weight.double().unflatten(0, (heads, -1)) * scale, (0, 0, 0, pad)).flatten(0, 1))
-        biases.append(F.pad(bias.double().unflatten(0, (heads, -1)) * scale, (0, pad)).flatten())
-    qkv = torch.cat(weights)
-    yield "attention_norm", norm_record(layer.attention_norm)
-    yield (
-        "query_key_value",
-        linear_record(qkv, torch.cat(biases), linears),
-    )
-    output = F.pad(layer.output.weight.double().unflatten(1, (heads, -1)), (0, pad)).flatten(1)
-    yield "output", linear_record(output, layer.output.bias, linears)
+    if layer.attention_norm:
+        yield "attention_norm", norm_record(layer.attention_norm)
+    yield "query_key_value", linear_record(_fused(graph, layer), linears)
+    pad = _padded_head_dim(graph) - graph.head_dim
+    output = F.pad(layer.output.weight.double().unflatten(1, (graph.heads, -1)), (0, pad)).flatten(1)
+    yield "output", linear_record(Linear(output, layer.output.bias), linears)
     yield "ffn_norm", norm_record(layer.ffn_norm)
-    if isinstance(layer.ffn, Dense):
-        up, down = layer.ffn.up, layer.ffn.down
-        weight = up.weight.double()
-        yield (
-            "up",
-            linear_record(weight, up.bias, linears, ACTIVATIONS[layer.ffn.activation]),
-        )
-        yield "down", linear_record(down.weight.double(), down.bias, linears)
+    ffn = layer.ffn
+    if isinstance(ffn, Dense):
+        yield "up", linear_record(ffn.up, linears, ffn.activation)
+        if ffn.gate:
+            yield "gate", linear_record(ffn.gate, linears)
+        yield "down", linear_record(ffn.down, linears)
     else:
-        assert isinstance(layer.ffn, LookupFFN)
-        yield "lookup", encode(layer.ffn, tables, PROJECTION_DTYPES.get(tables, "int8"))
+        yield "lookup", encode(ffn, tables, PROJECTION_DTYPES.get(tables, "int8"))
 
 
 def model_record(graph: Graph, records: dict[str, Tensor]) -> Tensor:
     """The first record: the numbers of ``EncoderConfig`` (csrc/model/encoder.h), then place and size of the others."""
-    head_dim = graph.layers[0].query[0].shape[0] // graph.heads if graph.layers else LANES
     numbers = [
         graph.words.shape[0],
         graph.width,
         round_up(graph.width, PADDING),
         len(graph.layers),
         graph.heads,
-        round_up(head_dim, LANES),
-        graph.positions.shape[0],
+        _padded_head_dim(graph),
+        graph.max_positions,
         0 if graph.types is None else graph.types.shape[0],
         int(graph.pre_norm),
         int(graph.embedding_norm is not None),
@@ -165,6 +183,13 @@ def model_record(graph: Graph, records: dict[str, Tensor]) -> Tensor:
         int(graph.normalised),
         graph.first_position,
         len(graph.head),
+        int(graph.head_norm is not None),
+        int(bool(graph.layers) and graph.layers[0].attention_norm is None),
+        int(any(isinstance(layer.ffn, Dense) and layer.ffn.gate is not None for layer in graph.layers)),
+        int(bool(graph.rotations)),
+        int(graph.relative is not None),
+        graph.window,
+        graph.global_every,
     ]
     config = F.pad(torch.tensor(numbers, dtype=torch.int32), (0, CONFIG_BYTES // 4 - len(numbers)))
     own = RECORD.itemsize + CONFIG_BYTES + round_up(16 * len(records), 64)
@@ -183,24 +208,19 @@ def _check_finite(graph: Graph, parts: dict[str, Tensor | None]) -> None:
 
 def _weights(graph: Graph) -> dict[str, Tensor | None]:
     """Every weight of a model but those of lookups, which look at their own."""
-    found = {"words": graph.words, "positions": graph.positions, "types": graph.types}
-    norms = {"embedding_norm": graph.embedding_norm, "final_norm": graph.final_norm}
+    found = {"words": graph.words, "positions": graph.positions, "types": graph.types, "relative": graph.relative}
+    parts: dict[str, Product | Norm | None] = {"embedding_norm": graph.embedding_norm, "final_norm": graph.final_norm}
     for i, layer in enumerate(graph.layers):
-        norms |= {f"layers.{i}.attention_norm": layer.attention_norm, f"layers.{i}.ffn_norm": layer.ffn_norm}
-        pairs = {"query": layer.query, "key": layer.key, "value": layer.value}
-        pairs["output"] = (layer.output.weight, layer.output.bias)
+        named = {
+            name: getattr(layer, name) for name in ("attention_norm", "query", "key", "value", "output", "ffn_norm")
+        }
         if isinstance(layer.ffn, Dense):
-            pairs |= {
-                "up": (layer.ffn.up.weight, layer.ffn.up.bias),
-                "down": (layer.ffn.down.weight, layer.ffn.down.bias),
-            }
-        for name, (weight, bias) in pairs.items():
-            found |= {f"layers.{i}.{name}": weight, f"layers.{i}.{name} bias": bias}
-    for i, (linear, _) in enumerate(graph.head):
-        found |= {f"head.{i}": linear.weight, f"head.{i} bias": linear.bias}
-    for name, norm in norms.items():
-        if norm:
-            found |= {name: norm.weight, f"{name} bias": norm.bias}
+            named |= {"up": layer.ffn.up, "gate": layer.ffn.gate, "down": layer.ffn.down}
+        parts |= {f"layers.{i}.{name}": part for name, part in named.items()}
+    parts |= {f"head.{i}": linear for i, (linear, _) in enumerate(graph.head)} | {"head_norm": graph.head_norm}
+    for name, part in parts.items():
+        if part is not None:
+            found |= {name: part.weight, f"{name} bias": part.bias}
     return found
 
 
@@ -233,8 +253,10 @@ def model_bytes(graph: Graph, linears: str, tables: str) -> list[bytes | memoryv
         "position_rule": graph.position_rule,
         "pad_token_id": str(graph.pad_token_id),
         "labels": json.dumps(graph.labels),
-        "max_length": str(min(graph.max_length, graph.positions.shape[0] - graph.first_position)),
+        "max_length": str(min(graph.max_length, graph.max_positions - graph.first_position)),
     }
+    if graph.mask_token_id is not None:
+        described["mask_token_id"] = str(graph.mask_token_id)
     header = json.dumps({"__metadata__": described, **tensors}, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % 64)
     return [struct.pack("<Q", len(header)) + header, *(record.numpy().data for record in records.values())]
@@ -252,6 +274,10 @@ def read_metadata(path: Path) -> dict[str, str]:
             raise ValueError(f"format {metadata['format']!r}, version {metadata['version']!r}")
         if not isinstance(json.loads(metadata.get("labels", "[]")), list):
             raise ValueError(f"labels {metadata['labels']!r}")
+        if metadata["position_rule"] not in POSITIONS:
+            raise ValueError(f"position_rule {metadata['position_rule']!r}")
+        for name in ("pad_token_id", "max_length", "mask_token_id"):
+            int(metadata.get(name, 0))
     except (ValueError, KeyError, TypeError, struct.error) as error:
         raise InputError(f"{path} is damaged or no packed model: {error}") from None
     return metadata

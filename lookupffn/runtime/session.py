@@ -8,7 +8,7 @@ import os
 import sys
 import sysconfig
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from lookupffn.extras import require
 from lookupffn.runtime.records import read_metadata
 
 MODEL_FILE = "model.safetensors"
-POOLING_NAMES = ("none", "mean", "cls")
+POOLING_NAMES = ("none", "mean", "cls", "tokens")
 TOKENS_AT_ONCE = 1 << 14  # of `embed`, so that memory does not grow with the list
+LOGITS_AT_ONCE = 1 << 23  # of `fill`, as far as a text alone has no more
 
 
 class _Description(c.Structure):
@@ -41,6 +42,9 @@ class _Batch(c.Structure):
         ("ids", c.c_void_p),
         ("positions", c.c_void_p),
         ("types", c.c_void_p),
+        ("offsets", c.c_void_p),
+        ("places", c.c_int64),
+        ("place", c.c_void_p),
     ]
 
 
@@ -144,11 +148,41 @@ class Session:
 
     def pool(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> np.ndarray:
         """Pooled vectors ``(batch, hidden_size)`` float32, as the model pools and normalises; a classifier's logits."""
+        if self.pooling == "tokens":
+            raise InputError(f"{self.folder} is a language model, which answers for tokens: call logits, or fill")
         ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
         ids, mask = _checked(ids, mask, types)
         return self._run(ids, mask, types, hidden=False, pooled=True)[1]
 
-    def _run(self, ids: np.ndarray, mask: np.ndarray, types: np.ndarray | None, *, hidden: bool, pooled: bool) -> tuple:
+    def logits(
+        self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None, *, places: Any
+    ) -> np.ndarray:
+        """A language model's logits ``(places.sum(), vocab_size)`` float32 for the tokens where ``places`` is true.
+
+        ``places`` is boolean ``(batch, length)``, false where the mask is 0; rows of the result are in its order.
+        """
+        if self.pooling != "tokens":
+            raise InputError(f"{self.folder} is no language model: export one with its head")
+        ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
+        ids, mask = _checked(ids, mask, types)
+        places = np.asarray(places)
+        if places.shape != ids.shape or places.dtype != bool or (places & ~mask).any():
+            raise InputError(
+                f"places must be boolean {list(ids.shape)} and false where the mask is 0, not {places.dtype} "
+                f"{list(places.shape)}"
+            )
+        return self._run(ids, mask, types, hidden=False, pooled=True, places=places)[1]
+
+    def _run(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        types: np.ndarray | None,
+        *,
+        hidden: bool,
+        pooled: bool,
+        places: np.ndarray | None = None,
+    ) -> tuple:
         rule, d = self.metadata["position_rule"], self._described
         lengths = mask.sum(1, dtype=np.int32)
         if len(ids) and not lengths.all():
@@ -159,14 +193,24 @@ class Session:
             positions = (np.cumsum(real, 1) * real + d.first_position - 1).clip(0)
         elif rule == "index" and not (mask[:, :-1] >= mask[:, 1:]).all():  # padding on the left, or holes
             positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) + d.first_position
+        offsets = None
+        if (np.diff(mask, axis=1) & mask[:, 1:]).sum(1).max(initial=0) + mask[:, :1].max(initial=0) > 1:  # holes
+            offsets = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
         arrays = [
             lengths,
-            *(None if x is None else np.ascontiguousarray(x[mask], np.int32) for x in (ids, positions, types)),
+            *(None if x is None else np.ascontiguousarray(x[mask], np.int32) for x in (ids, positions, types, offsets)),
         ]
-        batch = _Batch(len(ids), *(None if x is None else x.ctypes.data for x in arrays))
+        place = None if places is None else np.ascontiguousarray(places[mask].nonzero()[0], np.int64)
+        answers = len(ids) if place is None else len(place)
+        batch = _Batch(
+            len(ids),
+            *(None if x is None else x.ctypes.data for x in arrays),
+            answers,
+            None if place is None else place.ctypes.data,
+        )
         count = int(lengths.sum())
         out = np.empty((count, d.hidden_size), np.float32) if hidden else None
-        vectors = np.empty((len(ids), d.pooled_size), np.float32) if pooled else None
+        vectors = np.empty((answers, d.pooled_size), np.float32) if pooled else None
         size = c.c_size_t()
         _check(self._lib.lookupffn_workspace(self._model, c.byref(batch), self.threads, c.byref(size)))
         workspace = getattr(self._local, "workspace", None)
@@ -207,6 +251,8 @@ class Session:
             raise InputError(f"{self.folder} has no pooling: export it as a sentence transformer, or with pooling=")
         if self.labels:
             raise InputError(f"{self.folder} is a classifier of {', '.join(self.labels)}: call classify")
+        if self.pooling == "tokens":
+            raise InputError(f"{self.folder} is a language model: call fill, or export it with pooling=")
         return self._pooled(list(texts), progress)
 
     def classify(
@@ -220,15 +266,55 @@ class Session:
             raise InputError(f"{len(texts)} texts and {len(pairs)} second texts: each needs one")
         return self._pooled(list(texts) if pairs is None else list(zip(texts, pairs, strict=True)), progress)
 
+    def fill(
+        self, texts: Sequence[str], *, top: int = 5, progress: bool = False
+    ) -> list[list[list[tuple[str, float]]]]:
+        """For each text, for each mask token in it, the ``top`` likeliest tokens with their log probabilities in nats.
+
+        A masked LM's ``log softmax(logits)``; a text without a mask has an empty list.
+        """
+        if "mask_token_id" not in self.metadata or self.pooling != "tokens":
+            raise InputError(f"{self.folder} is no masked LM with a mask token: export one with its tokenizer")
+        if not 1 <= top <= self._described.pooled_size:
+            raise InputError(f"top must be 1 to {self._described.pooled_size}, not {top}")
+        mask_token = int(self.metadata["mask_token_id"])
+        filled: list[list[list[tuple[str, float]]]] = [[] for _ in texts]
+        for group, ids, mask, types in self._batches(list(texts), progress, mask_token):
+            places = (ids == mask_token) & mask
+            logits = self._run(ids, mask, types, hidden=False, pooled=True, places=places)[1]
+            for row, scores in zip(places.nonzero()[0], logits.astype(np.float64), strict=True):
+                best = np.argsort(-scores, kind="stable")[:top]
+                total = scores[best[0]] + np.log(np.exp(scores - scores[best[0]]).sum())
+                tokens = [(self.tokenizer.id_to_token(int(i)) or "", float(scores[i] - total)) for i in best]
+                filled[group[row]].append(tokens)
+        return filled
+
     def _pooled(self, texts: list, progress: bool) -> np.ndarray:
         vectors = np.empty((len(texts), self._described.pooled_size), np.float32)
+        for group, ids, mask, types in self._batches(texts, progress):
+            vectors[group] = self._run(ids, mask, types, hidden=False, pooled=True)[1]
+        return vectors
+
+    def _batches(self, texts: list, progress: bool, mask_token: int | None = None) -> Iterator[tuple]:
+        """Places in the list, ids, mask and types of texts of one length or nearly so; where their ``mask_token`` is
+        given, few enough of these to be answered at once."""
         encodings = self.tokenizer.encode_batch_fast(texts)
         order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
-        steps: Any = self._groups(order, encodings)
+        most = max(1, LOGITS_AT_ONCE // self._described.pooled_size)
+        groups: list[list[int]] = []
+        masks = 0
+        for i in order:
+            count = 0 if mask_token is None else encodings[i].ids.count(mask_token)
+            masks += count
+            if not groups or (len(groups[-1]) + 1) * len(encodings[i].ids) > TOKENS_AT_ONCE or masks > most:
+                groups.append([])
+                masks = count
+            groups[-1].append(i)
+        steps: Any = groups
         if progress:
             from tqdm import tqdm
 
-            steps = tqdm(list(steps), unit="batch")
+            steps = tqdm(groups, unit="batch")
         for group in steps:
             length = len(encodings[group[-1]].ids)
             ids, mask = np.zeros((len(group), length), np.int32), np.zeros((len(group), length), bool)
@@ -236,19 +322,7 @@ class Session:
             for row, i in enumerate(group):
                 size = len(encodings[i].ids)
                 ids[row, :size], types[row, :size], mask[row, :size] = encodings[i].ids, encodings[i].type_ids, True
-            vectors[group] = self._run(ids, mask, types, hidden=False, pooled=True)[1]
-        return vectors
-
-    @staticmethod
-    def _groups(order: list[int], encodings: list) -> Any:
-        group: list[int] = []
-        for i in order:
-            if group and (len(group) + 1) * len(encodings[i].ids) > TOKENS_AT_ONCE:
-                yield group
-                group = []
-            group.append(i)
-        if group:
-            yield group
+            yield group, ids, mask, types
 
 
 def _checked(ids: Any, mask: Any, types: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -17,14 +17,20 @@ import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     BertTokenizerFast,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    LongformerConfig,
+    LongformerModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
     MPNetConfig,
+    MPNetForSequenceClassification,
     MPNetModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -89,11 +95,31 @@ def distilbert():
     return randomised(DistilBertModel(DistilBertConfig(vocab_size=VOCAB, **sizes)))
 
 
+def mpnet(**changes):
+    return randomised(
+        MPNetModel(MPNetConfig(vocab_size=VOCAB, max_position_embeddings=POSITIONS + 2, **SMALL | changes))
+    )
+
+
+def modernbert(**changes):
+    """A window far smaller than the texts, and layers of both kinds on both sides of a global one."""
+    sizes = SMALL | {"num_hidden_layers": 5, "local_attention": 22} | changes
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    config = ModernBertConfig(vocab_size=VOCAB, max_position_embeddings=POSITIONS, **tokens, **sizes)
+    return randomised(ModernBertModel(config))
+
+
 MODELS = {
     "bert": bert,
     "roberta": roberta,
     "xlm-roberta": lambda: roberta(XLMRobertaModel, XLMRobertaConfig),
     "distilbert": distilbert,
+    "mpnet": mpnet,
+    "modernbert": modernbert,
+    "modernbert, biases, all global": lambda: modernbert(
+        attention_bias=True, mlp_bias=True, norm_bias=True, layer_types=["full_attention"] * 5
+    ),
+    "modernbert, odd sizes": lambda: modernbert(hidden_size=66, intermediate_size=35, hidden_activation="silu"),
     "bert, odd sizes": lambda: bert(width=66, heads=2, inner=7, layers=1),
     "bert, tanh": lambda: bert(act="gelu_new"),
     "bert, relu": lambda: bert(act="relu"),
@@ -154,13 +180,26 @@ def test_float32_is_the_model(name, exported):
         assert (session(ids.numpy()) - expected.numpy()).max() <= limit
 
 
-@pytest.mark.parametrize("name", ["bert", "bert, odd sizes", "own, dense"])
+@pytest.mark.parametrize("name", ["bert", "bert, odd sizes", "own, dense", "mpnet", "modernbert, odd sizes"])
 def test_int8_is_near_the_model(name, exported):
     folder, model = exported(name, "int8")
     ids, mask, _ = batch()
     expected, found = hidden(model, ids, mask), Session(folder)(ids, mask)
     cosine = torch.nn.functional.cosine_similarity(found[mask == 1], expected[mask == 1])
     assert cosine.min() > 0.999
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert, odd sizes"])
+def test_bfloat16_rounds_the_weights_alone(name, tmp_path):
+    model = MODELS[name]()
+    session, (ids, mask, _) = Session(export(model, tmp_path, linears="bfloat16")), batch()
+    with torch.no_grad():
+        for linear in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+            linear.weight.copy_(linear.weight.bfloat16())
+    expected, found = hidden(model, ids, mask), session(ids, mask)
+    error = (found - expected)[mask == 1].abs().max()  # queries are scaled before they are rounded
+    assert error <= 3e-2 * expected.abs().max()
+    assert (found - expected)[mask == 1].square().mean().sqrt() <= 2e-3 * expected.std()
 
 
 def test_an_input_that_is_far_larger_than_the_others_does_not_take_their_integers(tmp_path):
@@ -177,7 +216,7 @@ def test_an_input_that_is_far_larger_than_the_others_does_not_take_their_integer
 
 
 @pytest.mark.parametrize("linears", ["float32", "int8"])
-@pytest.mark.parametrize("name", ["bert", "own, lookup", "own, causal"])
+@pytest.mark.parametrize("name", ["bert", "own, lookup", "own, causal", "mpnet", "modernbert"])
 def test_a_text_has_the_same_bits_alone_in_any_batch_and_on_any_threads(name, linears, exported):
     folder, _ = exported(name, linears, pooling="mean", normalise=True)
     generator = np.random.default_rng(0)
@@ -222,6 +261,10 @@ SIZES = {"vocab_size": VOCAB, "num_labels": 3}
 CLASSIFIERS = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, **SMALL)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**SIZES, **SMALL, pad_token_id=1)),
+    "mpnet": lambda: MPNetForSequenceClassification(MPNetConfig(**SIZES, **SMALL)),
+    "modernbert": lambda: ModernBertForSequenceClassification(
+        ModernBertConfig(**SIZES, **SMALL, pad_token_id=1, classifier_pooling="mean", classifier_bias=True)
+    ),
     "distilbert": lambda: DistilBertForSequenceClassification(
         DistilBertConfig(**SIZES, dim=48, n_heads=3, n_layers=2, hidden_dim=100)
     ),
@@ -294,8 +337,8 @@ def test_labels_that_are_no_list_are_refused(tmp_path):
 
 
 def test_a_head_that_is_left_out_is_said(tmp_path):
-    with pytest.warns(UserWarning, match="the head of BertForMaskedLM is left out"):
-        export(BertForMaskedLM(BertConfig(vocab_size=VOCAB, **SMALL)), tmp_path)
+    with pytest.warns(UserWarning, match="the head of BertForTokenClassification is left out"):
+        export(BertForTokenClassification(BertConfig(vocab_size=VOCAB, **SMALL)), tmp_path)
 
 
 def test_a_session_is_shared_pickled_and_forked(exported):
@@ -346,9 +389,11 @@ def test_input_that_does_not_fit_is_named(ids, mask, message, exported):
 
 def test_what_cannot_be_exported_is_named(tmp_path):
     sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 60, "num_hidden_layers": 1}
-    with pytest.raises(InputError, match="model_type 'mpnet' cannot be exported; known are bert, distilbert,"):
-        export(MPNetModel(MPNetConfig(vocab_size=99, **sizes)), tmp_path)
-    with pytest.raises(InputError, match="linears must be one of float32, int8, not 'int3'"):
+    with pytest.raises(InputError, match="model_type 'longformer' cannot be exported; known are bert, distilbert,"):
+        export(LongformerModel(LongformerConfig(vocab_size=99, attention_window=8, **sizes)), tmp_path)
+    with pytest.raises(InputError, match=r"modernbert with layer_types \['full_attention', 'full_attention', 'sliding"):
+        export(modernbert(layer_types=["full_attention"] * 2 + ["sliding_attention"] * 3), tmp_path)
+    with pytest.raises(InputError, match="linears must be one of float32, int8, bfloat16, not 'int3'"):
         export(bert(), tmp_path, linears="int3")
     with pytest.raises(InputError, match="tables must be one of float32, bfloat16, int8, int4, not 'int2'"):
         export(bert(), tmp_path, tables="int2")
@@ -448,7 +493,7 @@ for folder, expected in zip(sys.argv[2:], ("float32", "int8"), strict=True):
 
 
 @pytest.mark.parametrize("isa", [i["name"] for i in native.implementations() if i["runs_here"]])
-@pytest.mark.parametrize("name", ["bert", "own, causal"])
+@pytest.mark.parametrize("name", ["bert", "own, causal", "mpnet", "modernbert"])
 def test_every_implementation(isa, name, exported, tmp_path):
     folders = [exported(name, linears)[0] for linears in ("float32", "int8")]
     model = exported(name)[1]

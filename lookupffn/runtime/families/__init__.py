@@ -16,6 +16,8 @@ FAMILIES = {
     "bert": "bert",
     "distilbert": "distilbert",
     "lookup_roberta": "lookup_roberta",
+    "modernbert": "modernbert",
+    "mpnet": "mpnet",
     "roberta": "roberta",
     "xlm-roberta": "roberta",
 }

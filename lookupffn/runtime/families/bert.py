@@ -1,18 +1,37 @@
-"""BERT: norms behind the sums, absolute positions, token types (MiniLM, E5, BGE, GTE's first, mxbai and many more).
-
-RoBERTa and XLM-R have the same modules (``roberta.py``).
-"""
+"""BERT: norms behind the sums, absolute positions, token types (MiniLM, E5, BGE, GTE's first, mxbai and many more)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lookupffn.errors import InputError
-from lookupffn.runtime.graph import Dense, Graph, Layer, Norm, activation_of, classifier, is_classifier
+from lookupffn.runtime.graph import (
+    Dense,
+    Graph,
+    Layer,
+    Norm,
+    activation_of,
+    classifier,
+    is_classifier,
+    is_language_model,
+    language_model,
+)
 
 
-def graph(model: Any, **fields: Any) -> Graph:
-    """``fields``: those of the graph in which a family differs from BERT."""
+def graph(model: Any) -> Graph:
+    head = {}
+    if is_classifier(model):
+        head = classifier(model, (model.bert.pooler.dense, "tanh"), (model.classifier, None))
+    elif is_language_model(model):
+        predictions = model.cls.predictions
+        activation = activation_of(model.config.hidden_act, "head")
+        transform = predictions.transform
+        head = language_model(transform.dense, activation, transform.LayerNorm, predictions.decoder)
+    return body_graph(model, **head)
+
+
+def body_graph(model: Any, **fields: Any) -> Graph:
+    """Of the modules that BERT and RoBERTa share; ``fields`` are those in which a family or a head differs."""
     config = model.config
     family, body = config.model_type, getattr(model, model.base_model_prefix, model)
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
@@ -20,8 +39,6 @@ def graph(model: Any, **fields: Any) -> Graph:
     if config.is_decoder:
         raise InputError(f"{family} as a decoder cannot be exported")
     e = body.embeddings
-    if is_classifier(model) and family == "bert":
-        fields |= classifier(model, (body.pooler.dense, "tanh"), (model.classifier, None))
     return Graph(
         family=family,
         heads=config.num_attention_heads,
@@ -32,6 +49,7 @@ def graph(model: Any, **fields: Any) -> Graph:
         layers=[_layer(layer, config, number) for number, layer in enumerate(body.encoder.layer)],
         final_norm=None,
         pre_norm=False,
+        max_positions=len(e.position_embeddings.weight),
         pad_token_id=config.pad_token_id or 0,
         **fields,
     )
@@ -39,18 +57,19 @@ def graph(model: Any, **fields: Any) -> Graph:
 
 def _layer(layer: Any, config: Any, number: int) -> Layer:
     attention = layer.attention
-    products = (attention.self.query, attention.self.key, attention.self.value)
-    query, key, value = ((p.weight, p.bias) for p in products)
-    ffn: Any = getattr(layer, "ffn", None)  # a lookup that conversion put there
-    if ffn is None:
-        activation = activation_of(config.hidden_act, f"layer {number}")
-        ffn = Dense(layer.intermediate.dense, layer.output.dense, activation)
     return Layer(
         attention_norm=Norm.of(attention.output.LayerNorm),
-        query=query,
-        key=key,
-        value=value,
+        query=attention.self.query,
+        key=attention.self.key,
+        value=attention.self.value,
         output=attention.output.dense,
         ffn_norm=Norm.of(layer.output.LayerNorm),
-        ffn=ffn,
+        ffn=feed_forward(layer, config, number),
     )
+
+
+def feed_forward(layer: Any, config: Any, number: int) -> Any:
+    """The dense FFN of a layer, or a lookup that conversion put in its place."""
+    if (found := getattr(layer, "ffn", None)) is not None:
+        return found
+    return Dense(layer.intermediate.dense, layer.output.dense, activation_of(config.hidden_act, f"layer {number}"))

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from lookupffn.runtime.graph import Dense, Graph, Layer, Norm, activation_of, classifier, is_classifier
+from lookupffn.runtime.graph import (
+    Dense,
+    Graph,
+    Layer,
+    Norm,
+    activation_of,
+    classifier,
+    is_classifier,
+    is_language_model,
+    language_model,
+)
 
 
 def graph(model: Any) -> Graph:
@@ -12,13 +22,12 @@ def graph(model: Any) -> Graph:
     layers = []
     for number, layer in enumerate(body.transformer.layer):
         attention = layer.attention
-        query, key, value = ((p.weight, p.bias) for p in (attention.q_lin, attention.k_lin, attention.v_lin))
         layers.append(
             Layer(
                 attention_norm=Norm.of(layer.sa_layer_norm),
-                query=query,
-                key=key,
-                value=value,
+                query=attention.q_lin,
+                key=attention.k_lin,
+                value=attention.v_lin,
                 output=attention.out_lin,
                 ffn_norm=Norm.of(layer.output_layer_norm),
                 ffn=Dense(layer.ffn.lin1, layer.ffn.lin2, activation_of(config.activation, f"layer {number}")),
@@ -27,6 +36,9 @@ def graph(model: Any) -> Graph:
     head = {}
     if is_classifier(model):
         head = classifier(model, (model.pre_classifier, "relu"), (model.classifier, None))
+    elif is_language_model(model):
+        activation = activation_of(config.activation, "head")
+        head = language_model(model.vocab_transform, activation, model.vocab_layer_norm, model.vocab_projector)
     return Graph(
         family="distilbert",
         heads=config.n_heads,
@@ -37,6 +49,7 @@ def graph(model: Any) -> Graph:
         layers=layers,
         final_norm=None,
         pre_norm=False,
+        max_positions=len(body.embeddings.position_embeddings.weight),
         pad_token_id=config.pad_token_id or 0,
         **head,
     )

@@ -6,7 +6,17 @@ from typing import Any
 
 from lookupffn.errors import InputError
 from lookupffn.layer import LookupFFN
-from lookupffn.runtime.graph import Dense, Graph, Layer, Norm, classifier, is_classifier
+from lookupffn.runtime.graph import (
+    Dense,
+    Graph,
+    Layer,
+    Linear,
+    Norm,
+    classifier,
+    is_classifier,
+    is_language_model,
+    language_model,
+)
 
 
 def graph(model: Any) -> Graph:
@@ -14,7 +24,7 @@ def graph(model: Any) -> Graph:
     layers = []
     for number, layer in enumerate(encoder.layers):
         fused = layer.attention.query_key_value
-        query, key, value = zip(fused.weight.chunk(3), fused.bias.chunk(3), strict=True)
+        query, key, value = map(Linear, fused.weight.chunk(3), fused.bias.chunk(3))
         ffn: Any = layer.ffn
         if type(ffn).__name__ == "DenseFFN":
             ffn = Dense(ffn.up, ffn.down, "gelu")
@@ -35,6 +45,8 @@ def graph(model: Any) -> Graph:
     if is_classifier(model):
         linears = ((model.classifier.dense, "tanh"), (model.classifier.out_proj, None))
         head = classifier(model, *linears, pooling=config.classifier_pooling)
+    elif is_language_model(model):
+        head = language_model(model.lm_head.dense, "gelu", model.lm_head.norm, model.lm_head.decoder)
     return Graph(
         family="lookup_roberta",
         heads=config.num_attention_heads,
@@ -45,6 +57,7 @@ def graph(model: Any) -> Graph:
         layers=layers,
         final_norm=Norm.of(encoder.final_norm),
         pre_norm=True,
+        max_positions=len(encoder.embeddings.position_embeddings.weight),
         causal=config.is_decoder,
         position_rule="mask",
         pad_token_id=config.pad_token_id or 0,
