@@ -243,6 +243,24 @@ static void add_rows(const AddRowsArgs& a) {
   }
 }
 
+static void add_table_row(const AddTableRowArgs& a) {
+  const uint8_t* row = (const uint8_t*)a.row;
+  if (a.type == TableType::kFloat32) {
+    for (int i = 0; i < a.padded; i += 16) store(a.y + i, add(load(a.y + i), load((const float*)a.row + i)));
+    return;
+  }
+  const bool halves = a.type == TableType::kInt4;
+  const f32x16 scale = set1(halves ? a.scale / 16 : a.scale);  // a half is the upper one of a byte
+  const auto add_line = [&](bytes64 line, float* y) __attribute__((always_inline)) {
+    for (int k = 0; k < 4; k++) store(y + 16 * k, fma(to_float(byte_of(line, k)), scale, load(y + 16 * k)));
+  };
+  for (int i = 0; i < a.padded; row += 64) {
+    const bytes64 line = load_bytes(row);
+    add_line(halves ? low_halves(line) : line, a.y + i), i += 64;
+    if (halves) add_line(high_halves(line), a.y + i), i += 64;
+  }
+}
+
 static void pool_rows(const PoolRowsArgs& a) {
   for (int i = 0; i < a.padded; i += 16) {
     f32x16 sum = load(a.x + i);

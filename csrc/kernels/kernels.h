@@ -239,6 +239,16 @@ struct AddRowsArgs {
   float* y;
 };
 
+// y += scale * row. A line of 64 bytes holds 64 integers, byte k of word l for output 16 k + l, or 128 of four bits:
+// the low halves of its bytes as the first 64, the high ones as the others.
+struct AddTableRowArgs {
+  TableType type;  // float32, int8 or int4
+  const void* row;
+  float scale;
+  int padded;  // a multiple of 64, of int4 of 128
+  float* y;
+};
+
 struct PoolRowsArgs {  // the mean of some rows, divided by its length with `normalise`
   const float* x;
   int64_t stride, tokens;
@@ -254,6 +264,7 @@ struct EncoderKernels {
   void (*rotate)(const RotateArgs&);
   void (*attend)(const AttendArgs&);
   void (*add_rows)(const AddRowsArgs&);
+  void (*add_table_row)(const AddTableRowArgs&);
   void (*pool_rows)(const PoolRowsArgs&);
 };
 

@@ -32,6 +32,7 @@ static const EncoderKernels kEncoder = {
     .rotate = rotate,
     .attend = attend,
     .add_rows = add_rows,
+    .add_table_row = add_table_row,
     .pool_rows = pool_rows,
 };
 

@@ -82,16 +82,38 @@ std::string fits(const char* name, const Linear& l, int in, int out) {
          ", the model needs " + std::to_string(in) + " to " + std::to_string(out);
 }
 
+std::string open_branches_of(Records* records, int width, EncoderLayer* l) {
+  RecordKind kind;
+  l->branches = {false, 0};
+  if (records->at_end()) return "";
+  std::string wrong = records->kind_of_next(&kind);
+  if (!wrong.empty() || kind != RecordKind::kBranches) return wrong;
+  if (!(wrong = records->next("branches", open_branches, &l->branches)).empty()) return wrong;
+  if (l->branches.low_rank) {
+    wrong = records->next("reduce", open_linear, &l->reduce);
+    if (wrong.empty()) wrong = records->next("expand", open_linear, &l->expand);
+    if (wrong.empty()) wrong = fits("reduce", l->reduce, width, l->expand.in_features);
+    if (wrong.empty()) wrong = fits("expand", l->expand, l->reduce.out_features, width);
+  }
+  l->token_rows.resize(size_t(l->branches.token_rows));
+  for (TokenRows& rows : l->token_rows) {
+    if (wrong.empty()) wrong = records->next("token rows", open_token_rows, &rows);
+    if (wrong.empty() && rows.width != width) wrong = "token rows are of another width";
+  }
+  return wrong;
+}
+
 std::string open_ffn(Records* records, int width, bool gated, EncoderLayer* l) {
   RecordKind kind;
   std::string wrong = records->kind_of_next(&kind);
   if (!wrong.empty()) return wrong;
   l->has_lookup = kind == RecordKind::kLookup;
+  l->branches = {false, 0};
   if (l->has_lookup) {
     wrong = records->next("lookup", open_lookup, &l->lookup);
     if (wrong.empty() && (l->lookup.h.in_features != width || l->lookup.h.out_features != width))
       wrong = "the lookup is of another width";
-    return wrong;
+    return wrong.empty() ? open_branches_of(records, width, l) : wrong;
   }
   wrong = records->next("up", open_linear, &l->up);
   if (wrong.empty() && gated) wrong = records->next("gate", open_linear, &l->gate);
@@ -167,7 +189,8 @@ std::string open_encoder(Bytes model, Encoder* e) {
     if (!(wrong = fits("output", l.output, c.attention_width(), c.width)).empty()) return wrong;
     if (!(wrong = norm("ffn norm", &l.ffn_norm)).empty()) return wrong;
     if (!(wrong = open_ffn(&records, c.width, c.gated, &l)).empty()) return wrong;
-    e->widest = std::max({e->widest, l.output.block_in, l.has_lookup ? 0 : l.up.block_out});
+    e->widest = std::max({e->widest, l.output.block_in, l.has_lookup ? 0 : l.up.block_out,
+                          l.branches.low_rank ? l.reduce.block_out : 0});
   }
   if (c.final_norm && !(wrong = norm("final norm", &e->final_norm)).empty()) return wrong;
   e->head.resize(size_t(c.head));

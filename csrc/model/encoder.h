@@ -40,7 +40,10 @@ struct EncoderLayer {
   Linear query_key_value, output;
   bool has_lookup;
   Linear up, gate, down;  // a dense FFN
-  Layer lookup;           // or a lookup
+  Layer lookup;           // or a lookup, and what is added to it
+  Branches branches;
+  Linear reduce, expand;
+  std::vector<TokenRows> token_rows;
 };
 
 struct Encoder {

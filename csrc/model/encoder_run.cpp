@@ -16,6 +16,7 @@ namespace {
 constexpr int kTile = 48;               // tokens that go through a product at once
 constexpr int64_t kChunkTokens = 1024;  // whose activations stay in L2 and L3 while weights come by
 constexpr int64_t kSerialTokens = 24;   // up to so many on the calling thread alone
+constexpr int64_t kPrefetchedTokens = 64;
 
 int keys_stride(int64_t longest) { return int((longest + kLanes - 1) / kLanes * kLanes); }
 
@@ -173,14 +174,14 @@ struct Chunk {
     return call.batch.positions ? call.batch.positions[token] : config().first_position + i;
   }
 
-  // Calls body(token, i) for the chunk's tokens [begin, end), each the i-th of its text.
+  // Calls body(token, i, length) for the chunk's tokens [begin, end), each the i-th of a text of this length.
   template <typename Body>
   void in_texts(int64_t begin, int64_t end, const Body& body) const {
     int64_t text = first, token = 0;
     while (token + call.batch.lengths[text] <= begin) token += call.batch.lengths[text++];
     for (int i = int(begin - token); begin < end; begin++, i++) {
       if (i == call.batch.lengths[text]) i = 0, text++;
-      body(begin, i);
+      body(begin, i, call.batch.lengths[text]);
     }
   }
 
@@ -243,7 +244,7 @@ struct Chunk {
       linear(m, l.query_key_value, x, size_t(c.padded), count, memory.qkv + t * stride, size_t(stride));
       if (!c.rotary) return;
       const Embedding& angles = e().rotations[c.is_local(number)];
-      in_texts(t, t + count, [&](int64_t token, int i) {
+      in_texts(t, t + count, [&](int64_t token, int i, int) {
         call.k.encoder->rotate({.x = memory.qkv + token * stride,
                                 .heads = 2 * c.heads,
                                 .head_dim = c.head_dim,
@@ -290,6 +291,50 @@ struct Chunk {
     });
   }
 
+  // To the lookup's output for tokens from t on: a linear of low rank, rows by the tokens' ids.
+  void add_branches(const ThreadMemory& m, const EncoderLayer& l, float* x, int64_t t, int count) const {
+    const size_t padded = size_t(config().padded);
+    float* const y = memory.lookup + t * config().padded;
+    if (l.branches.low_rank) {
+      linear(m, l.reduce, x + t * config().padded, padded, count, m.rows[1], size_t(l.reduce.block_out));
+      linear(m, l.expand, m.rows[1], size_t(l.reduce.block_out), count, y, padded, y, padded);
+    }
+    if (l.token_rows.empty()) return;
+    in_texts(t, t + count, [&](int64_t token, int i, int length) {
+      for (const TokenRows& rows : l.token_rows) {
+        const int64_t row = row_of(rows, call.batch.ids + start + token - i, i, length);
+        call.k.encoder->add_table_row({.type = rows.type,
+                                       .row = rows.data + size_t(row) * rows.row_bytes(),
+                                       .scale = is_integer(rows.type) ? rows.scales[row] : 1.0f,
+                                       .padded = rows.padded,
+                                       .y = y + (token - t) * config().padded});
+      }
+    });
+  }
+
+  // Their addresses are known before the layer runs; those of few tokens stay in L2 until they are used.
+  void prefetch_token_rows(const EncoderLayer& l) const {
+    if (l.token_rows.empty() || tokens > kPrefetchedTokens) return;
+    in_texts(0, tokens, [&](int64_t token, int i, int length) {
+      for (const TokenRows& rows : l.token_rows) {
+        const int64_t row = row_of(rows, call.batch.ids + start + token - i, i, length);
+        for (size_t line = 0; line < rows.row_bytes(); line += 64)
+          __builtin_prefetch(rows.data + size_t(row) * rows.row_bytes() + line, 0, 2);
+      }
+    });
+  }
+
+  // Of the i-th token of a text, as lookupffn/branches.py has it: ids count from 1 on, what lies outside is 0.
+  int64_t row_of(const TokenRows& rows, const int32_t* ids, int i, int length) const {
+    if (rows.before + rows.after == 0 && rows.rows >= config().vocab_size) return ids[i];
+    uint32_t h = 0;
+    for (int j = i - rows.before; j <= i + rows.after; j++) {
+      h = (h + (j >= 0 && j < length ? uint32_t(ids[j]) + 1 : 0)) * 2654435769u;
+      h ^= h >> 15;
+    }
+    return int64_t(uint64_t(h) * uint64_t(rows.rows) >> 32);
+  }
+
   // The rest of a layer, token by token; a lookup's tokens all at once, as its gather wants them.
   void feed_forward(const EncoderLayer& l) const {
     const EncoderConfig& c = config();
@@ -321,6 +366,7 @@ struct Chunk {
           {memory.lookup + begin * c.padded, c.padded, false}, m.lookup, {1, nullptr, nullptr});
       for (int64_t t = begin; t < end; t += kTile) {
         const int count = int(std::min<int64_t>(kTile, end - t));
+        add_branches(m, l, const_cast<float*>(x), t, count);
         for (int i = 0; i < count; i++)
           call.k.encoder->add_rows({.rows = {x_of(t + i), memory.lookup + (t + i) * c.padded},
                                     .count = 2,
@@ -401,6 +447,7 @@ struct Chunk {
     FloatState state;
     embed();
     for (int i = 0; i < config().layers; i++) {
+      prefetch_token_rows(e().layers[size_t(i)]);
       attention(i);
       feed_forward(e().layers[size_t(i)]);
     }

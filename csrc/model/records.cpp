@@ -62,7 +62,7 @@ std::string record_kind(Bytes bytes, RecordKind* kind) {
   if (h.version != kRecordVersion)
     return "its format version is " + std::to_string(h.version) + ", this build reads 1 and " +
            std::to_string(kRecordVersion);
-  if (h.kind < RecordKind::kLinear || h.kind > RecordKind::kModel) return field("kind", int64_t(h.kind));
+  if (h.kind < RecordKind::kLinear || h.kind > RecordKind::kTokenRows) return field("kind", int64_t(h.kind));
   *kind = h.kind;
   return "";
 }
@@ -117,6 +117,36 @@ std::string open_norm(Bytes bytes, Norm* n) {
   n->weight = sections.floats(n->padded);
   n->bias = sections.floats(n->padded);
   return sections.end();
+}
+
+std::string open_token_rows(Bytes bytes, TokenRows* t) {
+  RecordHeader h;
+  std::string wrong = open_record(bytes, RecordKind::kTokenRows, 6, &h);
+  if (!wrong.empty()) return wrong;
+  t->rows = h.size[0], t->width = h.size[1], t->padded = h.size[2], t->type = TableType(h.size[3]);
+  t->before = h.size[4], t->after = h.size[5];
+  if (t->type != TableType::kFloat32 && !is_integer(t->type)) return field("table_type", h.size[3]);
+  if (t->type > TableType::kInt4) return field("table_type", h.size[3]);
+  const int multiple = t->type == TableType::kInt4 ? 2 * kPadding : kPadding;
+  if (t->rows < 1) return field("rows", t->rows);
+  if (t->width < 1 || t->width > kMostFeatures || t->padded != (t->width + multiple - 1) / multiple * multiple)
+    return field("padded", t->padded);
+  for (int n : {t->before, t->after})
+    if (n < 0 || n > kMostNeighbours) return field("neighbours", n);
+  Sections sections(bytes);
+  t->data = sections.take(t->rows, int64_t(t->row_bytes()));
+  t->scales = sections.floats(is_integer(t->type) ? t->rows : 0);
+  return sections.end();
+}
+
+std::string open_branches(Bytes bytes, Branches* b) {
+  RecordHeader h;
+  std::string wrong = open_record(bytes, RecordKind::kBranches, 2, &h);
+  if (!wrong.empty()) return wrong;
+  if (h.size[0] != 0 && h.size[0] != 1) return field("low_rank", h.size[0]);
+  if (h.size[1] < 0 || h.size[1] > kMostBranches) return field("token_rows", h.size[1]);
+  b->low_rank = h.size[0], b->token_rows = h.size[1];
+  return Sections(bytes).end();
 }
 
 std::string open_embedding(Bytes bytes, Embedding* e) {

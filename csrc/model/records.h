@@ -10,7 +10,15 @@
 
 namespace lookupffn {
 
-enum class RecordKind : uint32_t { kLookup = 1, kLinear = 2, kNorm = 3, kEmbedding = 4, kModel = 5 };
+enum class RecordKind : uint32_t {
+  kLookup = 1,
+  kLinear = 2,
+  kNorm = 3,
+  kEmbedding = 4,
+  kModel = 5,
+  kBranches = 6,
+  kTokenRows = 7
+};
 constexpr uint32_t kRecordVersion = 2;
 constexpr int kRecordSizes = 10;
 
@@ -49,7 +57,26 @@ struct Embedding {
   const float* values;  // [rows][padded]
 };
 
+// Rows of a table that is addressed by a token's id and its neighbours'.
+struct TokenRows {
+  int rows, width, padded;  // a multiple of 64, of int4 of 128
+  TableType type;           // float32, int8 or int4
+  int before, after;        // neighbours whose ids take part; none, and as many rows as ids: the id is the row
+  const uint8_t* data;      // [rows][padded]
+  const float* scales;      // [rows], integers only
+
+  size_t row_bytes() const { return size_t(padded) * bits_of(type) / 8; }
+};
+
+// What a lookup layer's output has beside its tables' sum.
+struct Branches {
+  bool low_rank;   // two linears more
+  int token_rows;  // so many tables of rows more
+};
+
 // Each returns an empty string, or what is wrong with the bytes.
+std::string open_token_rows(Bytes, TokenRows*);
+std::string open_branches(Bytes, Branches*);
 std::string open_linear(Bytes, Linear*);
 std::string open_norm(Bytes, Norm*);
 std::string open_embedding(Bytes, Embedding*);
@@ -62,5 +89,7 @@ std::string record_kind(Bytes, RecordKind*);
 
 constexpr int kPadding = 64;  // every width is padded to a multiple of it
 constexpr int kMostFeatures = 1 << 20;
+constexpr int kMostNeighbours = 8;
+constexpr int kMostBranches = 16;
 
 }  // namespace lookupffn

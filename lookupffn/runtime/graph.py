@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lookupffn.branches import BranchedLookupFFN
 from lookupffn.errors import InputError
 from lookupffn.layer import LookupFFN
 
@@ -61,7 +62,7 @@ class Layer:
     value: Product
     output: Product
     ffn_norm: Norm
-    ffn: Dense | LookupFFN
+    ffn: Dense | LookupFFN | BranchedLookupFFN
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lookupffn.branches import BranchedLookupFFN, TokenRows
 from lookupffn.errors import InputError
 from lookupffn.runtime.format import (
     LANES,
+    LEVELS,
     MAGIC,
     PROJECTION_DTYPES,
     TABLE_TYPES,
     encode,
     flush,
+    least_squares_scales,
     panels,
     quantised_weights,
     round_up,
@@ -34,7 +37,7 @@ from lookupffn.runtime.format import (
 from lookupffn.runtime.graph import ACTIVATIONS, POSITIONS, Dense, Graph, Layer, Linear, Norm, Product
 
 VERSION = 2
-KINDS = {"linear": 2, "norm": 3, "embedding": 4, "model": 5}
+KINDS = {"linear": 2, "norm": 3, "embedding": 4, "model": 5, "branches": 6, "token_rows": 7}
 LINEAR_TYPES = {"float32": 0, "int8": 2, "bfloat16": 3}
 POOLINGS = {"none": 0, "mean": 1, "cls": 2, "tokens": 3}
 PADDING = 64
@@ -95,6 +98,27 @@ def embedding_record(values: Tensor) -> Tensor:
     rows, width = values.shape
     padded = round_up(width, PADDING)
     return _record("embedding", [rows, width, padded], [_padded(flush(values), padded)])
+
+
+def token_rows_record(rows: TokenRows, tables: str) -> Tensor:
+    """Rows by ids as integers with a scale a row (of int4 that of the least squared error), or in float32."""
+    count, width = rows.rows.shape
+    dtype = tables if tables in LEVELS else "float32"
+    padded = round_up(width, 2 * PADDING if dtype == "int4" else PADDING)
+    values, sections = _padded(flush(rows.rows), padded), []
+    if most := LEVELS.get(dtype):
+        scales = values.abs().amax(1) / most
+        if dtype == "int4":
+            scales = least_squares_scales(values[:, None], most)
+        scales = flush(scales)
+        integers = (values / scales[:, None]).nan_to_num(0.0, 0.0, 0.0).round().clamp(-most, most).to(torch.int8)
+        lines = integers.unflatten(1, (-1, 4, LANES)).transpose(2, 3).flatten(1)  # byte k of word l: output 16 k + l
+        if dtype == "int4":
+            low, high = lines.unflatten(1, (-1, 2, 64)).unbind(2)
+            lines = (low & 15) | (high << 4)
+        values, sections = lines, [scales]
+    sizes = [count, width, padded, TABLE_TYPES[dtype], rows.before, rows.after]
+    return _record("token_rows", sizes, [values, *sections])
 
 
 def records_of(graph: Graph, linears: str, tables: str) -> Iterator[tuple[str, Tensor]]:
@@ -160,8 +184,18 @@ def _layer_records(graph: Graph, layer: Layer, linears: str, tables: str) -> Ite
         if ffn.gate:
             yield "gate", linear_record(ffn.gate, linears)
         yield "down", linear_record(ffn.down, linears)
-    else:
-        yield "lookup", encode(ffn, tables, PROJECTION_DTYPES.get(tables, "int8"))
+        return
+    branched = ffn if isinstance(ffn, BranchedLookupFFN) else BranchedLookupFFN(ffn)
+    yield "lookup", encode(branched.lookup, tables, PROJECTION_DTYPES.get(tables, "int8"))
+    low_rank, token_rows = branched.low_rank, list(branched.token_rows)
+    if low_rank is None and not token_rows:
+        return
+    yield "branches", _record("branches", [int(low_rank is not None), len(token_rows)], [])
+    if low_rank is not None:
+        yield "reduce", linear_record(low_rank.reduce, linears)
+        yield "expand", linear_record(low_rank.expand, linears)
+    for i, rows in enumerate(token_rows):
+        yield f"token_rows.{i}", token_rows_record(rows, tables)
 
 
 def model_record(graph: Graph, records: dict[str, Tensor]) -> Tensor:
@@ -216,6 +250,8 @@ def _weights(graph: Graph) -> dict[str, Tensor | None]:
         }
         if isinstance(layer.ffn, Dense):
             named |= {"up": layer.ffn.up, "gate": layer.ffn.gate, "down": layer.ffn.down}
+        elif isinstance(layer.ffn, BranchedLookupFFN):
+            found |= {f"layers.{i}.{name}": p for name, p in layer.ffn.named_parameters()}
         parts |= {f"layers.{i}.{name}": part for name, part in named.items()}
     parts |= {f"head.{i}": linear for i, (linear, _) in enumerate(graph.head)} | {"head_norm": graph.head_norm}
     for name, part in parts.items():

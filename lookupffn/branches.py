@@ -1,0 +1,114 @@
+"""What may stand beside a lookup's tables: a linear path of low rank, and rows addressed by the tokens' ids.
+
+Conversion needs both (docs/convert.md): a low rank for what of a dense layer is linear, rows by ids for what depends on
+the token alone. Rows are chosen by what is known when a text is tokenised, not by a hash of the hidden state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lookupffn.errors import check
+from lookupffn.layer import LookupFFN
+
+MULTIPLIER = 2654435769  # 2^32 over the golden ratio, odd
+MOST_NEIGHBOURS = 8
+
+
+def token_rows_of(ids: Tensor, mask: Tensor | None, before: int, after: int, rows: int, vocab_size: int) -> Tensor:
+    """The row of each token, ``(batch, length)`` int64, from its id and those of its neighbours.
+
+    Without neighbours, and with at least as many rows as ids, the id itself. Else ``h = 0``; for each of ``before``
+    tokens before to ``after`` behind, ``h = (h + u) * 2654435769 mod 2**32``, ``h = h ^ (h >> 15)``, where ``u`` is the
+    id + 1, or 0 outside of the text (where ``mask`` is 0, or there is no token); the row is ``h rows / 2**32``.
+    """
+    if before + after == 0 and rows >= vocab_size:
+        return ids.long()
+    numbers = ids.long() + 1
+    if mask is not None:
+        numbers = numbers * mask.bool()
+    length = ids.shape[-1]
+    padded = nn.functional.pad(numbers, (before, after))
+    h = torch.zeros_like(numbers)
+    for offset in range(before + after + 1):
+        h = ((h + padded[..., offset : offset + length]) * MULTIPLIER) & 0xFFFFFFFF
+        h = h ^ (h >> 15)
+    return (h * rows) >> 32
+
+
+@dataclass
+class TokenContext:
+    """The ids of the batch that a model is running on, which a hook of the model sets before its layers run."""
+
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class LowRank(nn.Module):
+    """``y = x A^T B^T``, ``A (rank, in_features)``, ``B (out_features, rank)``: ``rank (in + out)`` multiply-adds."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        check(rank >= 1, "rank", rank, "at least 1")
+        self.reduce = nn.Linear(in_features, rank, bias=False)
+        self.expand = nn.Linear(rank, out_features, bias=False)
+        nn.init.zeros_(self.expand.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expand(self.reduce(x))
+
+
+class TokenRows(nn.Module):
+    """``y[b, i] = rows[token_rows_of(ids)[b, i]]``, ``rows (R, out_features)``, by the ids in ``context``."""
+
+    def __init__(
+        self, rows: int, out_features: int, vocab_size: int, context: TokenContext, *, before: int = 0, after: int = 0
+    ):
+        super().__init__()
+        for name, value in (("before", before), ("after", after)):
+            check(0 <= value <= MOST_NEIGHBOURS, name, value, f"0 to {MOST_NEIGHBOURS}")
+        check(rows >= 1, "rows", rows, "at least 1")
+        self.before, self.after, self.vocab_size, self.context = before, after, vocab_size, context
+        self.rows = nn.Parameter(torch.zeros(rows, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, mask = self.context.ids, self.context.mask
+        if ids is None or ids.shape != x.shape[:-1]:
+            shape = None if ids is None else list(ids.shape)
+            raise ValueError(f"the model's hook gave ids of shape {shape} for hidden states {list(x.shape)}")
+        at = token_rows_of(ids, mask, self.before, self.after, len(self.rows), self.vocab_size)
+        return nn.functional.embedding(at, self.rows).to(x.dtype)
+
+
+class BranchedLookupFFN(nn.Module):
+    """A lookup layer and what is added to it: ``y = lookup(x) + low_rank(x) + sum of rows by ids``."""
+
+    def __init__(self, lookup: LookupFFN, low_rank: LowRank | None = None, token_rows: list[TokenRows] | None = None):
+        super().__init__()
+        self.lookup, self.low_rank = lookup, low_rank
+        self.token_rows: Iterable[TokenRows] = nn.ModuleList(token_rows or [])  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lookup(x)
+        if self.low_rank is not None:
+            y = y + self.low_rank(x)
+        for rows in self.token_rows:
+            y = y + rows(x)
+        return y
+
+    def flops(self, tokens: int) -> int:
+        """Floating-point operations of a forward pass, two a multiply-add; a row by ids is one addition an output."""
+        own = sum(math.prod(p.shape) for p in self.low_rank.parameters()) if self.low_rank is not None else 0
+        rows = sum(r.rows.shape[1] for r in self.token_rows)
+        return self.lookup.flops(tokens) + tokens * (2 * own + rows)
+
+    def bytes_read(self, tokens: int) -> int:
+        """Bytes of parameters that a forward pass reads: those of the lookup, the low rank once, a row a token."""
+        once = sum(p.numel() * p.element_size() for p in self.low_rank.parameters()) if self.low_rank is not None else 0
+        rows = sum(r.rows.shape[1] * r.rows.element_size() for r in self.token_rows)
+        return self.lookup.bytes_read(tokens) + once + tokens * rows
