@@ -1,6 +1,7 @@
-// include/lookupffn.h over model/encoder.h: the only file that knows both.
+// include/lookupffn.h over model/encoder.h and model/lookup.h: the only file that knows all three.
 #include "include/lookupffn.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -101,6 +102,43 @@ Batch batch_of(const lookupffn_batch& b) {
           .place = b.place};
 }
 
+ThreadPool pool_of(const lookupffn_pool* pool) {
+  return pool ? ThreadPool{pool->threads, pool->run, pool->host} : ThreadPool{1, nullptr, nullptr};
+}
+
+// The workspace from a multiple of 64 bytes on; of a size that is asked for with 63 bytes more, and one for none at
+// all.
+constexpr size_t kAlignment = 64;
+std::string align(void** workspace, size_t bytes, size_t needed) {
+  if (bytes < needed + kAlignment)
+    return "the workspace has " + std::to_string(bytes) + " bytes of " + std::to_string(needed + kAlignment);
+  *workspace =
+      reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(*workspace) + kAlignment - 1) / kAlignment * kAlignment);
+  return "";
+}
+
+// The bytes of the layer of this number, of records that follow one another.
+std::string layer_of_file(Bytes file, int index, Bytes* layer) {
+  Bytes left;
+  if (index < 0) return "layers are counted from 0, not " + std::to_string(index);
+  std::string wrong = model_of_file(file, &left);
+  for (int i = 0; wrong.empty(); i++) {
+    RecordKind kind;
+    if (i && left.size == 0)
+      return "it has " + std::to_string(i) + " layers, and none of number " + std::to_string(index);
+    if (!(wrong = record_kind(left, &kind)).empty()) break;
+    if (kind != RecordKind::kLookup) return "it is a packed model, no file of packed layers";
+    PackedHeader h;
+    if (left.size < sizeof h) return "it is cut off in a layer's header";
+    std::memcpy(&h, left.data, sizeof h);
+    if (h.total_bytes < sizeof h || h.total_bytes > left.size) return "a layer's header says more bytes than there are";
+    *layer = {left.data, size_t(h.total_bytes)};
+    if (i == index) return "";
+    left = {left.data + h.total_bytes, left.size - size_t(h.total_bytes)};
+  }
+  return wrong;
+}
+
 struct OwnPool {
   lookupffn_pool pool;
   WorkerPool workers;
@@ -120,6 +158,11 @@ using namespace lookupffn;
 struct lookupffn_model {
   File file;
   Encoder encoder;
+};
+
+struct lookupffn_layer {
+  File file;
+  Layer layer;
 };
 
 const char* lookupffn_open(const char* path, lookupffn_model** model) {
@@ -172,7 +215,7 @@ const char* lookupffn_workspace(const lookupffn_model* model, const lookupffn_ba
     int64_t tokens;
     const Batch b = batch_of(*batch);
     std::string wrong = check_batch(model->encoder, b, &tokens);
-    if (wrong.empty()) *bytes = plan_encoder(model->encoder, b, threads).workspace_bytes() + 64;
+    if (wrong.empty()) *bytes = plan_encoder(model->encoder, b, threads).workspace_bytes() + kAlignment;
     return wrong;
   });
 }
@@ -183,17 +226,67 @@ const char* lookupffn_run(const lookupffn_model* model, const lookupffn_batch* b
     const Encoder& e = model->encoder;
     const Batch b = batch_of(*batch);
     int64_t tokens;
-    const std::string wrong = check_batch(e, b, &tokens);
+    std::string wrong = check_batch(e, b, &tokens);
     if (!wrong.empty()) return wrong;
     if (pooled && e.config.pooling == Pooling::kNone) return "this model has no pooling";
-    const ThreadPool threads =
-        pool ? ThreadPool{pool->threads, pool->run, pool->host} : ThreadPool{1, nullptr, nullptr};
+    const ThreadPool threads = pool_of(pool);
     const EncoderPlan plan = plan_encoder(e, b, threads.threads);
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(workspace) + 63) / 64 * 64;
-    if (bytes < plan.workspace_bytes() + 64)
-      return "the workspace has " + std::to_string(bytes) + " bytes of " + std::to_string(plan.workspace_bytes() + 64);
-    run_encoder(implementation(isa_index()), e, plan, b, {hidden, pooled}, reinterpret_cast<void*>(start), threads);
+    wrong = align(&workspace, bytes, plan.workspace_bytes());
+    if (wrong.empty()) run_encoder(implementation(isa_index()), e, plan, b, {hidden, pooled}, workspace, threads);
+    return wrong;
+  });
+}
+
+const char* lookupffn_open_layer(const char* path, int index, lookupffn_layer** layer) {
+  return guarded([&]() -> std::string {
+    auto opened = std::make_unique<lookupffn_layer>();
+    std::string wrong = opened->file.map(path);
+    if (!wrong.empty()) return wrong;
+    Bytes bytes = {nullptr, 0};
+    wrong = layer_of_file(opened->file.bytes(), index, &bytes);
+    if (wrong.empty()) wrong = open_layer(bytes.data, bytes.size, &opened->layer);
+    if (!wrong.empty()) return std::string(path) + ": " + wrong;
+    *layer = opened.release();
     return "";
+  });
+}
+
+const char* lookupffn_open_layer_bytes(const void* bytes, size_t size, lookupffn_layer** layer) {
+  return guarded([&]() -> std::string {
+    auto opened = std::make_unique<lookupffn_layer>();
+    std::string wrong = open_layer(bytes, size, &opened->layer);
+    if (wrong.empty()) *layer = opened.release();
+    return wrong;
+  });
+}
+
+void lookupffn_close_layer(lookupffn_layer* layer) { delete layer; }
+
+void lookupffn_layer_features(const lookupffn_layer* layer, int32_t* in_features, int32_t* out_features) {
+  *in_features = layer->layer.h.in_features, *out_features = layer->layer.h.out_features;
+}
+
+const char* lookupffn_layer_workspace(const lookupffn_layer* layer, int64_t tokens, int threads, size_t* bytes) {
+  return guarded([&]() -> std::string {
+    if (tokens < 0 || tokens > int64_t(1) << 40) return "tokens is " + std::to_string(tokens);
+    const Layer& l = layer->layer;
+    *bytes = make_plan(l, tokens, default_tiling(l), std::max(threads, 1)).workspace_bytes() + kAlignment;
+    return "";
+  });
+}
+
+const char* lookupffn_run_layer(const lookupffn_layer* layer, const float* x, float* y, int64_t tokens, void* workspace,
+                                size_t bytes, const lookupffn_pool* pool) {
+  return guarded([&]() -> std::string {
+    if (tokens < 0 || tokens > int64_t(1) << 40) return "tokens is " + std::to_string(tokens);
+    const Layer& l = layer->layer;
+    const ThreadPool threads = pool_of(pool);
+    const Plan plan = make_plan(l, tokens, default_tiling(l), std::max(threads.threads, 1));
+    const std::string wrong = align(&workspace, bytes, plan.workspace_bytes());
+    if (wrong.empty())
+      run(*implementation(isa_index()).inference, l, plan, {const_cast<float*>(x), l.h.in_features, false},
+          {y, l.h.out_features, false}, workspace, threads);
+    return wrong;
   });
 }
 

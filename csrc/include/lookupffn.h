@@ -1,4 +1,5 @@
-/* Packed encoders: token ids to hidden states and pooled vectors. Plain C; no torch, no Python, no exceptions.
+/* Packed encoders, token ids to hidden states and pooled vectors; packed lookup layers, rows to rows. Plain C; no
+ * torch, no Python, no exceptions.
  *
  * A function that can fail returns NULL, or what is wrong, in words; the text is the calling thread's until its next
  * call. A model may be used by several threads at once, each with a workspace of its own. */
@@ -19,6 +20,7 @@ extern "C" {
 #endif
 
 typedef struct lookupffn_model lookupffn_model;
+typedef struct lookupffn_layer lookupffn_layer;
 
 typedef struct {
   int32_t vocab_size, hidden_size, num_layers, num_heads, max_positions, type_vocab_size;
@@ -64,6 +66,19 @@ LOOKUPFFN_API const char* lookupffn_workspace(const lookupffn_model* model, cons
  * has the same bits whatever else is in the batch and however many threads take part. Without a pool: one thread. */
 LOOKUPFFN_API const char* lookupffn_run(const lookupffn_model* model, const lookupffn_batch* batch, float* hidden,
                                         float* pooled, void* workspace, size_t bytes, const lookupffn_pool* pool);
+
+/* A single lookup layer: of a file of packed layers (format version 1), which are counted from 0 in the order of their
+ * bytes, or of the bytes of one, which stay where they are until it is closed. */
+LOOKUPFFN_API const char* lookupffn_open_layer(const char* path, int index, lookupffn_layer** layer);
+LOOKUPFFN_API const char* lookupffn_open_layer_bytes(const void* bytes, size_t size, lookupffn_layer** layer);
+LOOKUPFFN_API void lookupffn_close_layer(lookupffn_layer* layer);
+LOOKUPFFN_API void lookupffn_layer_features(const lookupffn_layer* layer, int32_t* in_features, int32_t* out_features);
+LOOKUPFFN_API const char* lookupffn_layer_workspace(const lookupffn_layer* layer, int64_t tokens, int threads,
+                                                    size_t* bytes);
+
+/* y [tokens][out_features] of x [tokens][in_features], float32. A token's result has the same bits in every batch. */
+LOOKUPFFN_API const char* lookupffn_run_layer(const lookupffn_layer* layer, const float* x, float* y, int64_t tokens,
+                                              void* workspace, size_t bytes, const lookupffn_pool* pool);
 
 /* Threads for those who have none: they sleep between calls. A call that finds them busy, or that is made in the child
  * of a fork, runs on its own thread. */

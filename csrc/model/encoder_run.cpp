@@ -6,10 +6,6 @@
 #include "ops/float_state.h"
 #include "ops/workspace.h"
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <unistd.h>
-#endif
-
 namespace lookupffn {
 namespace {
 
@@ -69,33 +65,10 @@ struct ThreadMemory {
   }
 };
 
-size_t l2_bytes() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (found > 0) return size_t(found);
-#endif
-  return size_t(1) << 20;
-}
-
-// By the caches, as runtime/tuning.py has it.
-Tiling tiling_of(const Layer& l) {
-  const size_t group_bytes = kLanes * l.tables.table_bytes();
-  int groups = l.groups;
-  if (groups * group_bytes > 2 * l2_bytes()) {
-    groups = 1;
-    for (int halved = l.groups / 2; halved >= 1; halved /= 2)
-      if (halved * group_bytes <= l2_bytes() * 3 / 4) {
-        groups = halved;
-        break;
-      }
-  }
-  return {.tile_tokens = 16, .groups_per_block = groups, .prefetch_distance = 128, .serial_tokens = 4};
-}
-
 size_t lookup_bytes(const Encoder& e, int64_t tokens) {
   size_t most = 0;
   for (const EncoderLayer& l : e.layers)
-    if (l.has_lookup) most = std::max(most, make_plan(l.lookup, tokens, tiling_of(l.lookup), 1).workspace_bytes());
+    if (l.has_lookup) most = std::max(most, make_plan(l.lookup, tokens, default_tiling(l.lookup), 1).workspace_bytes());
   return most;
 }
 
@@ -361,7 +334,7 @@ struct Chunk {
       }
       if (!l.has_lookup) return;
       const float* const x = c.pre_norm ? memory.branch : memory.x;
-      const Plan plan = make_plan(l.lookup, end - begin, tiling_of(l.lookup), 1);
+      const Plan plan = make_plan(l.lookup, end - begin, default_tiling(l.lookup), 1);
       run(*call.k.inference, l.lookup, plan, {const_cast<float*>(x) + begin * c.padded, c.padded, false},
           {memory.lookup + begin * c.padded, c.padded, false}, m.lookup, {1, nullptr, nullptr});
       for (int64_t t = begin; t < end; t += kTile) {

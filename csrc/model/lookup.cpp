@@ -7,6 +7,10 @@
 #include "ops/float_state.h"
 #include "ops/workspace.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 namespace lookupffn {
 namespace {
 
@@ -284,6 +288,34 @@ StageSeconds run_timed(const InferenceKernels& k, const Layer& l, const Plan& pl
   StageClock clock;
   run_all(k, l, plan, x, y, workspace, {1, nullptr, nullptr}, clock);
   return {clock.seconds[kProject], clock.seconds[kHash], clock.seconds[kGather]};
+}
+
+// ---- Loop sizes -------------------------------------------------------------------------------------------------------
+
+namespace {
+
+size_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (found > 0) return size_t(found);
+#endif
+  return size_t(1) << 20;
+}
+
+}  // namespace
+
+Tiling default_tiling(const Layer& l) {
+  const size_t group_bytes = kLanes * l.tables.table_bytes();
+  int groups = l.groups;
+  if (groups * group_bytes > 2 * l2_bytes()) {
+    groups = 1;
+    for (int halved = l.groups / 2; halved >= 1; halved /= 2)
+      if (halved * group_bytes <= l2_bytes() * 3 / 4) {
+        groups = halved;
+        break;
+      }
+  }
+  return {.tile_tokens = 16, .groups_per_block = groups, .prefetch_distance = 128, .serial_tokens = 4};
 }
 
 }  // namespace lookupffn

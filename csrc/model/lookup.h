@@ -15,6 +15,9 @@ struct Tiling {
   int serial_tokens;      // batches up to this size run on the calling thread alone
 };
 
+// By the caches, as runtime/tuning.py has it.
+Tiling default_tiling(const Layer&);
+
 // The policy of prefetching rows, all of it.
 struct Prefetch {
   // Slices of a row that are prefetched as soon as its code is known, after each repeat of the projection while the

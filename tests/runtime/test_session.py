@@ -4,12 +4,9 @@ import contextlib
 import hashlib
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-import sysconfig
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -477,7 +474,7 @@ def test_export_and_embed_from_a_shell(sentence_transformer, tmp_path):
         CliRunner().invoke(app, ["embed", arguments[0], "nowhere.txt", *arguments[2:]], catch_exceptions=False)
 
 
-# ---- Every instruction set, and the C interface ----------------------------------------------------------------------
+# ---- Every instruction set -------------------------------------------------------------------------------------------
 
 
 COMPARE = """
@@ -503,29 +500,3 @@ def test_every_implementation(isa, name, exported, tmp_path):
     command = [sys.executable, "-c", COMPARE, str(tmp_path / "given.npz"), *map(str, folders)]
     done = subprocess.run(command, env=os.environ | {"LOOKUPFFN_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.skipif(not shutil.which("cc") or sys.platform != "linux", reason="needs a C compiler")
-def test_the_c_interface_gives_the_same_numbers(exported, tmp_path):
-    folder, _ = exported("bert", "int8")
-    root = Path(__file__).parents[2]
-    libraries = Path(sysconfig.get_path("platlib")) / "lookupffn"
-    program = tmp_path / "hidden"
-    command = [
-        "cc",
-        "-Wall",
-        "-Werror",
-        root / "examples" / "hidden.c",
-        "-I",
-        root / "csrc" / "include",
-        "-L",
-        libraries,
-    ]
-    subprocess.run([*command, "-llookupffn_runtime", f"-Wl,-rpath,{libraries}", "-o", program], check=True)
-    ids = [5, 17, 200, 3]
-    printed = subprocess.run([program, folder / MODEL_FILE, *map(str, ids)], check=True, capture_output=True, text=True)
-    found = np.array([[float(x) for x in line.split(": ")[1].split()] for line in printed.stdout.splitlines()])
-    np.testing.assert_allclose(found, Session(folder)(np.array([ids]))[0, :, :3], rtol=0, atol=1e-6)
-    wrong = subprocess.run([program, folder / MODEL_FILE, "9999"], capture_output=True, text=True)
-    assert wrong.returncode == 1
-    assert "token 0 has id 9999" in wrong.stderr
