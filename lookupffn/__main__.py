@@ -201,13 +201,15 @@ def tune(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="folder or name of a Hugging Face encoder or a sentence transformer")],
+    model: Annotated[str, typer.Argument(help="folder or name of a model of transformers or sentence-transformers")],
     output: Annotated[Path, typer.Option(help="folder for the packed model")],
     linears: Annotated[str, typer.Option(help="of dense products: int8 or float32")] = "int8",
     tables: Annotated[str, typer.Option(help="of lookup tables: int4, int8, bfloat16 or float32")] = "int8",
-    pooling: Annotated[str | None, typer.Option(help="mean, cls or none [as the sentence transformer says]")] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean, cls or none, of the encoder alone, without its head [as the model says]")
+    ] = None,
 ):
-    """Writes an encoder as one file that `embed` and lookupffn.Session run in one native call."""
+    """Writes a model as one file that `embed`, `classify` and lookupffn.Session run in one native call."""
     require("hf", "lookupffn export")
     from lookupffn.train.commands import quiet
 
@@ -215,7 +217,7 @@ def export(
     from lookupffn.hf.loading import load_encoder
     from lookupffn.runtime.export import export as run
 
-    encoder, tokenizer = load_encoder(model)
+    encoder, tokenizer = load_encoder(model, head=pooling is None)
     folder = run(encoder, output, linears=linears, tables=tables, tokenizer=tokenizer, pooling=pooling)
     size = sum(path.stat().st_size for path in folder.iterdir())
     Console(soft_wrap=True).print(f"{size / 2**20:,.1f} MiB in [bold]{folder}[/]")
