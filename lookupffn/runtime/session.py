@@ -17,6 +17,7 @@ import numpy as np
 
 from lookupffn.errors import InputError
 from lookupffn.extras import require
+from lookupffn.runtime.handles import register
 from lookupffn.runtime.records import read_metadata
 
 MODEL_FILE = "model.safetensors"
@@ -100,6 +101,7 @@ class Session:
         self._pool = self._lib.lookupffn_pool_new(threads) if threads > 1 else None
         self._local = threading.local()  # a workspace a thread, kept from call to call
         self._tokenizer: Any = None
+        self._handle, self._width = register(self, path), self.hidden_size  # what compilers read: ctypes they cannot
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None):
@@ -129,22 +131,30 @@ class Session:
         """Hidden states ``(batch, length, hidden_size)`` float32, 0 where the mask is 0; torch in, torch out.
 
         ``input_ids``, ``attention_mask`` and ``token_type_ids`` are integers ``(batch, length)``; without a mask every
-        position counts. Positions that are masked are neither computed nor attended to.
+        position counts. Positions that are masked are neither computed nor attended to. To torch.compile and
+        torch.export a call is one operator.
         """
-        ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
+        if not _is_tensor(input_ids):
+            return self._hidden(input_ids, attention_mask, token_type_ids)
+        import torch
+
+        if torch.compiler.is_compiling():
+            from lookupffn.runtime.compiled import call
+
+            return call(input_ids, attention_mask, token_type_ids, self._handle, self._width)
+        return torch.from_numpy(self._hidden(input_ids, attention_mask, token_type_ids))
+
+    def _hidden(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> np.ndarray:
+        ids, mask, types = (_array(x) for x in (input_ids, attention_mask, token_type_ids))
         ids, mask = _checked(ids, mask, types)
         hidden, _ = self._run(ids, mask, types, hidden=True, pooled=False)
         out = np.zeros((*ids.shape, self.hidden_size), np.float32)
         out[mask] = hidden
-        if type(input_ids).__module__.partition(".")[0] == "torch":
-            import torch
-
-            return torch.from_numpy(out)
         return out
 
     def pool(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> np.ndarray:
         """Pooled vectors ``(batch, hidden_size)`` float32, as the model pools and normalises; a classifier's logits."""
-        ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
+        ids, mask, types = (_array(x) for x in (input_ids, attention_mask, token_type_ids))
         ids, mask = _checked(ids, mask, types)
         return self._run(ids, mask, types, hidden=False, pooled=True)[1]
 
@@ -249,6 +259,17 @@ class Session:
             group.append(i)
         if group:
             yield group
+
+
+def _is_tensor(x: Any) -> bool:
+    return type(x).__module__.partition(".")[0] == "torch"  # which only then is imported
+
+
+def _array(x: Any) -> Any:
+    """None as it is, all else as numpy has it; a tensor shares its memory."""
+    if _is_tensor(x) and x.device.type != "cpu":
+        raise InputError(f"a tensor is on {x.device}: a session runs on the CPU, move it there")
+    return None if x is None else np.asarray(x)
 
 
 def _checked(ids: Any, mask: Any, types: Any) -> tuple[np.ndarray, np.ndarray]:
