@@ -95,6 +95,7 @@ class Session:
             raise InputError(f"{self.folder} holds no {MODEL_FILE}: give a folder that lookupffn.export wrote")
         self.metadata = read_metadata(path)
         self._lib, self._model, self._pool = library(), c.c_void_p(), None
+        _check(self._lib.lookupffn_isa(c.byref(c.c_char_p())))  # a wrong LOOKUPFFN_ISA is an error here, not in a call
         _check(self._lib.lookupffn_open(os.fsencode(path), c.byref(self._model)))
         self._described = _Description()
         self._lib.lookupffn_describe(self._model, c.byref(self._described))
