@@ -234,6 +234,9 @@ class Session:
     def _pooled(self, texts: list, progress: bool) -> np.ndarray:
         vectors = np.empty((len(texts), self._described.pooled_size), np.float32)
         encodings = self.tokenizer.encode_batch_fast(texts)
+        for i, encoding in enumerate(encodings):
+            if not encoding.ids:  # by its place in the list, which _run does not know
+                raise InputError(f"text {i} has no tokens: every text needs at least one")
         order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
         steps: Any = self._groups(order, encodings)
         if progress:
