@@ -201,13 +201,15 @@ def tune(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="folder or name of a Hugging Face encoder or a sentence transformer")],
+    model: Annotated[str, typer.Argument(help="folder or name of a model of transformers or sentence-transformers")],
     output: Annotated[Path, typer.Option(help="folder for the packed model")],
     linears: Annotated[str, typer.Option(help="of dense products: int8 or float32")] = "int8",
     tables: Annotated[str, typer.Option(help="of lookup tables: int4, int8, bfloat16 or float32")] = "int8",
-    pooling: Annotated[str | None, typer.Option(help="mean, cls or none [as the sentence transformer says]")] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean, cls or none, of the encoder alone, without its head [as the model says]")
+    ] = None,
 ):
-    """Writes an encoder as one file that `embed` and lookupffn.Session run in one native call."""
+    """Writes a model as one file that `embed`, `classify` and lookupffn.Session run in one native call."""
     require("hf", "lookupffn export")
     from lookupffn.train.commands import quiet
 
@@ -215,7 +217,7 @@ def export(
     from lookupffn.hf.loading import load_encoder
     from lookupffn.runtime.export import export as run
 
-    encoder, tokenizer = load_encoder(model)
+    encoder, tokenizer = load_encoder(model, head=pooling is None)
     folder = run(encoder, output, linears=linears, tables=tables, tokenizer=tokenizer, pooling=pooling)
     size = sum(path.stat().st_size for path in folder.iterdir())
     Console(soft_wrap=True).print(f"{size / 2**20:,.1f} MiB in [bold]{folder}[/]")
@@ -232,17 +234,57 @@ def embed(
     from lookupffn.runtime.session import Session
 
     check_writable(output)
-    try:
-        texts = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from None
-    session = Session(folder, threads)
+    session, texts = Session(folder, threads), _lines(file)
     start = time.perf_counter()
     vectors = session.embed(texts, progress=True)
-    seconds = time.perf_counter() - start
+    _save(output, vectors, "vectors", time.perf_counter() - start)
+
+
+@app.command()
+def classify(
+    folder: Annotated[Path, typer.Argument(help="folder that `export` wrote")],
+    file: Annotated[Path, typer.Argument(help="texts, one a line, in UTF-8; in a .tsv pairs, with a tab between")],
+    output: Annotated[
+        Path | None, typer.Option(help="file for the logits, a numpy array (texts, labels) [prints each best label]")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="threads")] = 1,
+):
+    """Classifies the lines of a file by a packed classifier; prints the best label of each and its logit."""
+    from lookupffn.runtime.session import Session
+
+    if output is not None:
+        check_writable(output)
+    session, texts, pairs = Session(folder, threads), _lines(file), None
+    if file.suffix.lower() == ".tsv":
+        rows = [line.split("\t") for line in texts]
+        for number, row in enumerate(rows, 1):
+            if len(row) != 2:
+                raise InputError(f"{file}:{number} has {len(row)} column(s): a .tsv holds pairs of texts")
+        texts, pairs = [first for first, _ in rows], [second for _, second in rows]
+    start = time.perf_counter()
+    logits = session.classify(texts, pairs, progress=output is not None)
+    if output is not None:
+        _save(output, logits, f"logits of {', '.join(session.labels)}", time.perf_counter() - start)
+        return
+    for row in logits:
+        best = int(row.argmax())
+        typer.echo(f"{session.labels[best]}\t{row[best]:.4f}")
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file, those without text too; other characters at which Unicode breaks lines are text."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from None
+    return lines if lines[-1] else lines[:-1]
+
+
+def _save(output: Path, values: np.ndarray, what: str, seconds: float) -> None:
     with atomic_replace(output) as temporary, open(temporary, "wb") as stream:
-        np.save(stream, vectors)
-    Console(soft_wrap=True).print(f"{len(texts):,} texts in {seconds:.1f} s, vectors in [bold]{output}[/]")
+        np.save(stream, values)
+    said = f"{len(values):,} texts in {seconds:.1f} s, {escape(what)} in [bold]{escape(str(output))}[/]"
+    Console(soft_wrap=True).print(said)
 
 
 def _sizes(layer) -> list[str]:

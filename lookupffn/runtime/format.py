@@ -298,10 +298,9 @@ def read_header(packed: Tensor) -> dict:
     if header["magic"] != MAGIC:
         found = packed[: len(MAGIC)].numpy().tobytes()
         raise PackedError(f"it begins with {found!r}, not with {MAGIC!r}: these bytes are no packed layer")
-    if header["version"] != FORMAT_VERSION:
-        raise PackedError(
-            f"its format version is {header['version']}, this lookupffn reads {FORMAT_VERSION}: pack the model again"
-        )
+    if (version := int(header["version"])) != FORMAT_VERSION:
+        remedy = "upgrade it" if version > FORMAT_VERSION else "pack the model again"
+        raise PackedError(f"its format version is {version}, this lookupffn reads {FORMAT_VERSION}: {remedy}")
     h = {name: header[name].item() for name in HEADER.names or () if name != "offset"}
     for name, types in (("weight_type", WEIGHT_TYPES), ("table_type", TABLE_TYPES)):
         if not 0 <= h[name] < len(types):

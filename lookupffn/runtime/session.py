@@ -17,6 +17,7 @@ import numpy as np
 
 from lookupffn.errors import InputError
 from lookupffn.extras import require
+from lookupffn.runtime.handles import register
 from lookupffn.runtime.records import read_metadata
 
 MODEL_FILE = "model.safetensors"
@@ -98,12 +99,14 @@ class Session:
             raise InputError(f"{self.folder} holds no {MODEL_FILE}: give a folder that lookupffn.export wrote")
         self.metadata = read_metadata(path)
         self._lib, self._model, self._pool = library(), c.c_void_p(), None
+        _check(self._lib.lookupffn_isa(c.byref(c.c_char_p())))  # a wrong LOOKUPFFN_ISA is an error here, not in a call
         _check(self._lib.lookupffn_open(os.fsencode(path), c.byref(self._model)))
         self._described = _Description()
         self._lib.lookupffn_describe(self._model, c.byref(self._described))
         self._pool = self._lib.lookupffn_pool_new(threads) if threads > 1 else None
         self._local = threading.local()  # a workspace a thread, kept from call to call
         self._tokenizer: Any = None
+        self._handle, self._width = register(self, path), self.hidden_size  # what compilers read: ctypes they cannot
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None):
@@ -133,24 +136,32 @@ class Session:
         """Hidden states ``(batch, length, hidden_size)`` float32, 0 where the mask is 0; torch in, torch out.
 
         ``input_ids``, ``attention_mask`` and ``token_type_ids`` are integers ``(batch, length)``; without a mask every
-        position counts. Positions that are masked are neither computed nor attended to.
+        position counts. Positions that are masked are neither computed nor attended to. To torch.compile and
+        torch.export a call is one operator.
         """
-        ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
+        if not _is_tensor(input_ids):
+            return self._hidden(input_ids, attention_mask, token_type_ids)
+        import torch
+
+        if torch.compiler.is_compiling():
+            from lookupffn.runtime.compiled import call
+
+            return call(input_ids, attention_mask, token_type_ids, self._handle, self._width)
+        return torch.from_numpy(self._hidden(input_ids, attention_mask, token_type_ids))
+
+    def _hidden(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> np.ndarray:
+        ids, mask, types = (_array(x) for x in (input_ids, attention_mask, token_type_ids))
         ids, mask = _checked(ids, mask, types)
         hidden, _ = self._run(ids, mask, types, hidden=True, pooled=False)
         out = np.zeros((*ids.shape, self.hidden_size), np.float32)
         out[mask] = hidden
-        if type(input_ids).__module__.partition(".")[0] == "torch":
-            import torch
-
-            return torch.from_numpy(out)
         return out
 
     def pool(self, input_ids: Any, attention_mask: Any = None, token_type_ids: Any = None) -> np.ndarray:
         """Pooled vectors ``(batch, hidden_size)`` float32, as the model pools and normalises; a classifier's logits."""
         if self.pooling == "tokens":
             raise InputError(f"{self.folder} is a language model, which answers for tokens: call logits, or fill")
-        ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
+        ids, mask, types = (_array(x) for x in (input_ids, attention_mask, token_type_ids))
         ids, mask = _checked(ids, mask, types)
         return self._run(ids, mask, types, hidden=False, pooled=True)[1]
 
@@ -163,9 +174,9 @@ class Session:
         """
         if self.pooling != "tokens":
             raise InputError(f"{self.folder} is no language model: export one with its head")
-        ids, mask, types = (None if x is None else np.asarray(x) for x in (input_ids, attention_mask, token_type_ids))
+        ids, mask, types = (_array(x) for x in (input_ids, attention_mask, token_type_ids))
         ids, mask = _checked(ids, mask, types)
-        places = np.asarray(places)
+        places = _array(places)
         if places.shape != ids.shape or places.dtype != bool or (places & ~mask).any():
             raise InputError(
                 f"places must be boolean {list(ids.shape)} and false where the mask is 0, not {places.dtype} "
@@ -299,6 +310,9 @@ class Session:
         """Places in the list, ids, mask and types of texts of one length or nearly so; where their ``mask_token`` is
         given, few enough of these to be answered at once."""
         encodings = self.tokenizer.encode_batch_fast(texts)
+        for i, encoding in enumerate(encodings):
+            if not encoding.ids:  # by its place in the list, which _run does not know
+                raise InputError(f"text {i} has no tokens: every text needs at least one")
         order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
         most = max(1, LOGITS_AT_ONCE // self._described.pooled_size)
         groups: list[list[int]] = []
@@ -323,6 +337,17 @@ class Session:
                 size = len(encodings[i].ids)
                 ids[row, :size], types[row, :size], mask[row, :size] = encodings[i].ids, encodings[i].type_ids, True
             yield group, ids, mask, types
+
+
+def _is_tensor(x: Any) -> bool:
+    return type(x).__module__.partition(".")[0] == "torch"  # which only then is imported
+
+
+def _array(x: Any) -> Any:
+    """None as it is, all else as numpy has it; a tensor shares its memory."""
+    if _is_tensor(x) and x.device.type != "cpu":
+        raise InputError(f"a tensor is on {x.device}: a session runs on the CPU, move it there")
+    return None if x is None else np.asarray(x)
 
 
 def _checked(ids: Any, mask: Any, types: Any) -> tuple[np.ndarray, np.ndarray]:
