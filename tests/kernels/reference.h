@@ -3,10 +3,6 @@
 
 #include "layers.h"
 
-struct Approx {
-  double value, error;  // float32 arithmetic, in any order and with or without fma, is about this far from it
-};
-
 // z of one token with float32 weights. Roundings add up like the score_scales of a random walk: a bound that let all of
 // them add up in one direction would be thousands of times wider after four stages, and hide faults.
 inline std::vector<Approx> reference_z(const Layer& l, const std::vector<float>& x) {

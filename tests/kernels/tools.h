@@ -141,6 +141,10 @@ inline uint16_t to_bf16(float f) {  // to nearest, ties to even
   return f != f ? 0x7fc0 : uint16_t((bits_of(f) + 0x7fff + (bits_of(f) >> 16 & 1)) >> 16);
 }
 
+struct Approx {
+  double value, error;  // float32 arithmetic, in any order and with or without fma, is about this far from it
+};
+
 // The thread's floating-point control and status registers.
 #if defined(__SSE2__)
 inline uint64_t float_state() { return _mm_getcsr(); }
