@@ -101,7 +101,7 @@ inline double activation_of(Activation kind, double x) {
 inline double activation_error(Activation kind, double x) {
   const double value = std::abs(activation_of(kind, x));
   switch (kind) {
-    case Activation::kGelu: return 3e-6 + 2 * kUlp * value + kTiny;
+    case Activation::kGelu: return 1e-6 + 2 * kUlp * value + kTiny;
     case Activation::kGeluTanh:
     case Activation::kSilu: {
       const double u = inner_of(kind, x), of_exp = 6 + 16 * std::abs(u);
