@@ -110,6 +110,7 @@ std::string model_of_file(Bytes file, Bytes* model) {
   if (file.size < 8) return "it has " + std::to_string(file.size) + " bytes, fewer than a safetensors file";
   std::memcpy(&header, file.data, 8);
   if (header > file.size - 8) return "its header says " + std::to_string(header) + " bytes, more than there are";
+  if ((8 + header) % 64) return "its header ends at byte " + std::to_string(8 + header) + ", no multiple of 64";
   *model = {file.data + 8 + header, size_t(file.size - 8 - header)};
   return "";
 }
@@ -123,8 +124,8 @@ std::string open_encoder(Bytes model, Encoder* e) {
   const int64_t count = h.size[0];
   if (kind != RecordKind::kModel) return "its first record is of kind " + std::to_string(int(kind)) + ", no model";
   if (h.total_bytes > model.size) return "its first record says more bytes than there are";
-  if (count < 0 || count > 16 * kMostLayers || h.total_bytes < sizeof h + 128 + 16 * uint64_t(count))
-    return field("the number of records", count);
+  if (count < 0 || count > 16 * kMostLayers || h.total_bytes != (sizeof h + 128 + 16 * uint64_t(count) + 63) / 64 * 64)
+    return field("the number of records", count) + ", in a record of " + std::to_string(h.total_bytes) + " bytes";
   EncoderConfig& c = e->config;
   static_assert(sizeof c <= 128, "the numbers of a model record");
   std::memcpy(&c, model.data + sizeof h, sizeof c);
@@ -203,7 +204,7 @@ std::string check_batch(const Encoder& e, const Batch& b, int64_t* tokens) {
 
 namespace {
 
-int keys_stride(int64_t longest) { return int((longest + kLanes - 1) / kLanes * kLanes); }
+size_t keys_stride(int64_t longest) { return size_t((longest + kLanes - 1) / kLanes * kLanes); }
 
 // Of a chunk: what waits between the phases of a layer.
 struct ChunkMemory {
@@ -385,7 +386,7 @@ struct Chunk {
         for (; seen < unit / c.heads; seen++) token += call.batch.lengths[text++];
         const int length = call.batch.lengths[text];
         const float* const q = memory.qkv + token * stride + unit % c.heads * c.head_dim;
-        const size_t stride_of_keys = size_t(keys_stride(length));
+        const size_t stride_of_keys = keys_stride(length);
         call.k.encoder->pack_head({.k = q + width,
                                    .v = q + 2 * width,
                                    .stride = stride,
