@@ -15,5 +15,9 @@ int main(int arguments, char** argument) {
                      {"sums", test_sums},
                      {"pooling", test_pooling},
                      {"heads", test_heads},
-                     {"attention", test_attention}});
+                     {"attention", test_attention},
+                     {"records", test_records},
+                     {"models", test_models},
+                     {"damage", test_model_damage},
+                     {"calls", test_calls}});
 }
