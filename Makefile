@@ -11,6 +11,7 @@ demo: $(READY)
 
 test: check
 	@build/kernels/kernel_tests
+	@build/kernels/encoder_tests
 	@build/kernels/probe_tests
 	@$(VENV)/bin/python -m pytest
 
@@ -19,6 +20,7 @@ test-all: check
 	@LOOKUPFFN_TEST_EXAMPLES=10000 $(VENV)/bin/python -m pytest -m "slow or not slow" --timeout=3600
 	@scripts/test_native.sh
 	@build/native-release/kernel_tests --long
+	@build/native-release/encoder_tests --long
 
 # What needs no test to be seen: style, imports that run one way, types.
 check:

@@ -121,7 +121,7 @@ std::string align(void** workspace, size_t bytes, size_t needed) {
 std::string layer_of_file(Bytes file, int index, Bytes* layer) {
   Bytes left;
   if (index < 0) return "layers are counted from 0, not " + std::to_string(index);
-  std::string wrong = model_of_file(file, &left);
+  std::string wrong = data_of_file(file, &left);
   for (int i = 0; wrong.empty(); i++) {
     RecordKind kind;
     if (i && left.size == 0)

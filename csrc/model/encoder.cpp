@@ -126,13 +126,20 @@ std::string open_ffn(Records* records, int width, bool gated, EncoderLayer* l) {
 
 }  // namespace
 
-std::string model_of_file(Bytes file, Bytes* model) {
+std::string data_of_file(Bytes file, Bytes* data) {
   uint64_t header;
   if (file.size < 8) return "it has " + std::to_string(file.size) + " bytes, fewer than a safetensors file";
   std::memcpy(&header, file.data, 8);
   if (header > file.size - 8) return "its header says " + std::to_string(header) + " bytes, more than there are";
-  *model = {file.data + 8 + header, size_t(file.size - 8 - header)};
+  *data = {file.data + 8 + header, size_t(file.size - 8 - header)};
   return "";
+}
+
+std::string model_of_file(Bytes file, Bytes* model) {
+  const std::string wrong = data_of_file(file, model);
+  if (!wrong.empty()) return wrong;
+  const size_t header = file.size - model->size;
+  return header % 64 ? "its header ends at byte " + std::to_string(header) + ", no multiple of 64" : "";
 }
 
 std::string open_encoder(Bytes model, Encoder* e) {
@@ -144,8 +151,8 @@ std::string open_encoder(Bytes model, Encoder* e) {
   const int64_t count = h.size[0];
   if (kind != RecordKind::kModel) return "its first record is of kind " + std::to_string(int(kind)) + ", no model";
   if (h.total_bytes > model.size) return "its first record says more bytes than there are";
-  if (count < 0 || count > 16 * kMostLayers || h.total_bytes < sizeof h + 128 + 16 * uint64_t(count))
-    return field("the number of records", count);
+  if (count < 0 || count > 16 * kMostLayers || h.total_bytes != (sizeof h + 128 + 16 * uint64_t(count) + 63) / 64 * 64)
+    return field("the number of records", count) + ", in a record of " + std::to_string(h.total_bytes) + " bytes";
   EncoderConfig& c = e->config;
   static_assert(sizeof c <= 128, "the numbers of a model record");
   std::memcpy(&c, model.data + sizeof h, sizeof c);

@@ -63,6 +63,7 @@ struct Encoder {
 // Opens the bytes of a model, every record of it. They begin with the model record; a file is a safetensors file, whose
 // bytes these are behind its header (`model_of_file`). Returns an empty string, or what is wrong.
 std::string open_encoder(Bytes, Encoder*);
+std::string data_of_file(Bytes file, Bytes* data);  // what lies behind the header, wherever it begins
 std::string model_of_file(Bytes file, Bytes* model);
 
 // Texts one after another, without padding.

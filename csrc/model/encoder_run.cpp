@@ -14,7 +14,7 @@ constexpr int64_t kChunkTokens = 1024;  // whose activations stay in L2 and L3 w
 constexpr int64_t kSerialTokens = 24;   // up to so many on the calling thread alone
 constexpr int64_t kPrefetchedTokens = 64;
 
-int keys_stride(int64_t longest) { return int((longest + kLanes - 1) / kLanes * kLanes); }
+size_t keys_stride(int64_t longest) { return size_t((longest + kLanes - 1) / kLanes * kLanes); }
 
 // Rows that go through the head at once: fewer where they are as wide as a vocabulary.
 int head_tile(const Encoder& e) { return std::clamp(kTile * e.widest / e.head_widest, 8, kTile); }
@@ -232,7 +232,7 @@ struct Chunk {
         for (; seen < unit / c.heads; seen++) token += call.batch.lengths[text++];
         const int length = call.batch.lengths[text];
         const float* const q = memory.qkv + token * stride + unit % c.heads * c.head_dim;
-        const size_t stride_of_keys = size_t(keys_stride(length));
+        const size_t stride_of_keys = keys_stride(length);
         call.k.encoder->pack_head({.k = q + width,
                                    .v = q + 2 * width,
                                    .stride = stride,

@@ -3,8 +3,6 @@
 
 #include "tools.h"
 
-namespace {
-
 struct Case {
   WeightType weights;
   TableType tables;
@@ -23,17 +21,17 @@ struct Case {
   }
 };
 
-size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Where layer.h says that a number lies.
-size_t weight_index(const PackedHeader& h, int stage, int n, int o, int i) {  // `stage` counts over all repeats
+inline size_t weight_index(const PackedHeader& h, int stage, int n, int o, int i) {  // `stage` counts over all repeats
   const int word = 4 / int(element_size(h.weight_type)), words = h.block_in / word;
   const int panel = o / 16, together = h.block_out >= 64 ? 4 : h.block_out / 16;  // panels whose words come in turn
   const size_t block = (size_t(stage) * h.blocks + n) * (h.block_out / 16);
   const size_t at = (block + panel / together * together) * words + i / word * together + panel % together;
   return (at * 16 + o % 16) * word + i % word;
 }
-size_t table_index(const PackedHeader& h, int table, int row, int e) {  // of bytes, with int4
+inline size_t table_index(const PackedHeader& h, int table, int row, int e) {  // of bytes, with int4
   const int p = e % h.slice;
   int at = p;
   if (h.table_type == TableType::kInt4)
@@ -44,13 +42,13 @@ size_t table_index(const PackedHeader& h, int table, int row, int e) {  // of by
   return ((size_t(e / h.slice) * h.num_tables + table) * h.table_rows + row) * h.slice + at;
 }
 
-double weight(const Layer& l, int stage, int n, int o, int i) {
+inline double weight(const Layer& l, int stage, int n, int o, int i) {
   const size_t at = weight_index(l.h, stage, n, o, i);
   if (l.h.weight_type == WeightType::kInt8) return reinterpret_cast<const int8_t*>(l.projection.weights)[at];
   if (l.h.weight_type == WeightType::kInt16) return reinterpret_cast<const int16_t*>(l.projection.weights)[at];
   return reinterpret_cast<const float*>(l.projection.weights)[at];
 }
-double table_entry(const Layer& l, int table, int row, int e) {
+inline double table_entry(const Layer& l, int table, int row, int e) {
   const size_t at = table_index(l.h, table, row, e);
   if (l.h.table_type == TableType::kInt8) return reinterpret_cast<const int8_t*>(l.tables.rows)[at];
   if (l.h.table_type == TableType::kInt4) {
@@ -67,7 +65,7 @@ struct Packed {
   Layer l;
 };
 
-Packed pack(const Case& c, Random& random) {
+inline Packed pack(const Case& c, Random& random) {
   const bool projects = c.stages > 0, integer = projects && c.weights != WeightType::kFloat32;
   const bool integers = is_integer(c.tables);
   const bool negated = integers && c.reads > 1 && c.code_bits < 3;
@@ -205,7 +203,7 @@ struct Input {
   }
 };
 
-Input make_input(int tokens, int features, bool bfloat16, Random& random) {
+inline Input make_input(int tokens, int features, bool bfloat16, Random& random) {
   const int stride = features + random.pick({0, 0, 1, 3, 16});
   const size_t elements = tokens ? size_t(tokens - 1) * stride + features : 0;
   Input in = {std::make_unique<Guarded>(elements * (bfloat16 ? 2 : 4)), {}, {}};
@@ -264,4 +262,16 @@ class Output {
   Guarded memory_;
 };
 
-}  // namespace
+inline Tiling random_tiling(Random& random) {
+  return {random.pick({1, 2, 3, 5, 7, 8, 24, 48, 96, 1000}), random.pick({1, 1, 2, 1000}),
+          random.pick({0, 1, 100, 5000}), random.pick({0, 0, 0, 4, 1000})};
+}
+
+// A call in a workspace of just the size that its plan asks for, whose content is of no matter.
+inline void forward(const Kernels& k, const Layer& l, Rows x, Rows y, int64_t tokens, const Tiling& tiling,
+                    int threads) {
+  const Plan plan = make_plan(l, tokens, tiling, threads);
+  const Guarded workspace(plan.workspace_bytes());
+  if (workspace.size()) memset(workspace.data(), 0xa5, workspace.size());
+  run(k, l, plan, x, y, workspace.data(), threads_of(threads));
+}

@@ -3,15 +3,9 @@
 
 #include "layers.h"
 
-namespace {
-
-struct Approx {
-  double value, error;  // float32 arithmetic, in any order and with or without fma, is about this far from it
-};
-
 // z of one token with float32 weights. Roundings add up like the score_scales of a random walk: a bound that let all of
 // them add up in one direction would be thousands of times wider after four stages, and hide faults.
-std::vector<Approx> reference_z(const Layer& l, const std::vector<float>& x) {
+inline std::vector<Approx> reference_z(const Layer& l, const std::vector<float>& x) {
   const PackedHeader& h = l.h;
   const int codes = h.num_tables * h.code_bits;
   std::vector<Approx> z;
@@ -55,7 +49,7 @@ std::vector<Approx> reference_z(const Layer& l, const std::vector<float>& x) {
 }
 
 // z of one token with integer weights: here every rounding is part of the definition, so there is one right answer.
-__attribute__((noinline)) std::vector<float> exact_z(const Layer& l, const std::vector<float>& x) {
+__attribute__((noinline)) inline std::vector<float> exact_z(const Layer& l, const std::vector<float>& x) {
   const PackedHeader& h = l.h;
   std::vector<float> z;
   for (int r = 0; r < h.repeats; r++) {
@@ -101,7 +95,7 @@ __attribute__((noinline)) std::vector<float> exact_z(const Layer& l, const std::
 // The buckets that hash() must choose for one table: the sign pattern, then the flips of the bits of least |z|. Of
 // equal bits the first goes first; two flips go before a third that costs as much. A NaN or infinite |z| is never
 // flipped.
-__attribute__((noinline)) void nearest_buckets(const float* z, int bits, int reads, uint16_t* buckets) {
+__attribute__((noinline)) inline void nearest_buckets(const float* z, int bits, int reads, uint16_t* buckets) {
   struct Flip {
     float cost;
     int buckets;
@@ -122,7 +116,7 @@ __attribute__((noinline)) void nearest_buckets(const float* z, int bits, int rea
 }
 
 // One table's buckets and scores by looking at every bucket: reference.nearest_buckets, for finite z.
-void check_buckets(const float* z, int bits, int reads, const uint16_t* buckets, const float* scores) {
+inline void check_buckets(const float* z, int bits, int reads, const uint16_t* buckets, const float* scores) {
   std::vector<double> inner = {0};  // <z, S_i> of every bucket
   double total = 0;
   for (int j = 0; j < bits; j++) {
@@ -160,7 +154,7 @@ struct Parts {
   std::vector<float> y;             // [tokens][E]
 };
 
-void project_part(const Kernels& k, const Layer& l, const Input& in, int tokens, Parts* p) {
+inline void project_part(const Kernels& k, const Layer& l, const Input& in, int tokens, Parts* p) {
   p->z.assign(size_t(tokens) * l.z_stride, kNaN);
   const size_t width_in = l.projection.width_in(), width_out = l.projection.width_out();
   std::vector<float> rows(width_in), sums[2], scales(2);
@@ -179,7 +173,7 @@ void project_part(const Kernels& k, const Layer& l, const Input& in, int tokens,
                              .scratch = scratch});
 }
 
-void hash_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {  // and quantise_scores
+inline void hash_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {  // and quantise_scores
   const size_t slots = size_t(tokens) * l.slots();
   p->buckets.assign(slots, 0xffff);
   p->scores.assign(slots, kNaN);
@@ -209,7 +203,7 @@ void hash_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {  // and
   }
 }
 
-void gather_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {
+inline void gather_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {
   p->y.assign(size_t(tokens) * l.h.out_features, 0);
   const void* scores = p->scores.data();
   if (is_integer(l.h.table_type)) scores = p->quantised.data();
@@ -232,7 +226,7 @@ void gather_part(const Kernels& k, const Layer& l, int tokens, Parts* p) {
                 .prefetch_tokens = t % 3});
 }
 
-Parts run_parts(const Kernels& k, const Layer& l, const Input& in, int tokens) {
+inline Parts run_parts(const Kernels& k, const Layer& l, const Input& in, int tokens) {
   FloatMode mode(kFlushing);
   Parts p;
   project_part(k, l, in, tokens, &p);
@@ -242,7 +236,7 @@ Parts run_parts(const Kernels& k, const Layer& l, const Input& in, int tokens) {
 }
 
 template <typename T>
-void check_equal(const char* what, const std::vector<T>& a, const std::vector<T>& b) {
+inline void check_equal(const char* what, const std::vector<T>& a, const std::vector<T>& b) {
   EXPECT(a.size() == b.size(), "%s: %zu numbers, not %zu", what, a.size(), b.size());
   for (size_t i = 0; i < a.size(); i++)
     EXPECT(same_bits(float(a[i]), float(b[i])), "%s differs from scalar's at %zu: %.9g, not %.9g", what, i,
@@ -250,7 +244,7 @@ void check_equal(const char* what, const std::vector<T>& a, const std::vector<T>
 }
 
 // z of float32 weights against the reference; returns the largest distance in units of what is expected of float32.
-double check_z(const std::vector<Approx>& reference, const float* z) {
+inline double check_z(const std::vector<Approx>& reference, const float* z) {
   double most = 0;
   for (size_t i = 0; i < reference.size(); i++) {
     const double off = std::abs(z[i] - reference[i].value), error = reference[i].error + 1e-37;
@@ -260,7 +254,7 @@ double check_z(const std::vector<Approx>& reference, const float* z) {
   return most;
 }
 
-void check_hash(const Layer& l, const Parts& p, int t) {
+inline void check_hash(const Layer& l, const Parts& p, int t) {
   const int bits = l.h.code_bits, reads = l.h.reads;
   for (int table = 0; table < l.groups * 16; table++) {
     const float* z = &p.z[size_t(t) * l.z_stride + size_t(table) * bits];
@@ -281,7 +275,7 @@ void check_hash(const Layer& l, const Parts& p, int t) {
   }
 }
 
-void check_quantised(const Layer& l, const Parts& p, int t) {
+inline void check_quantised(const Layer& l, const Parts& p, int t) {
   const size_t at = size_t(t) * l.slots();
   std::vector<float> s(l.slots());
   float largest = 0;
@@ -302,7 +296,7 @@ void check_quantised(const Layer& l, const Parts& p, int t) {
   }
 }
 
-void check_gather(const Layer& l, const Parts& p, int t, const float* y) {
+inline void check_gather(const Layer& l, const Parts& p, int t, const float* y) {
   const bool integers = is_integer(l.h.table_type);
   const int reads = l.h.reads;
   for (int e = 0; e < l.h.out_features; e++) {
@@ -322,5 +316,3 @@ void check_gather(const Layer& l, const Parts& p, int t, const float* y) {
     EXPECT(std::abs(y[e] - exact) <= bound, "y[%d, %d] is %.9g, not %.9g +- %.2g", t, e, double(y[e]), exact, bound);
   }
 }
-
-}  // namespace

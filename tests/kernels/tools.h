@@ -30,19 +30,18 @@
 namespace lookupffn {
 namespace exported {
 extern const InferenceKernels* const inference_emulated_tiles;  // emulated_tiles.cpp
-}
+extern const EncoderKernels* const encoder_emulated_tiles;
+}  // namespace exported
 }  // namespace lookupffn
 
 using namespace lookupffn;
 
-namespace {
-
 constexpr double kUlp = 0x1p-24;  // half a unit in the last place: what one float32 operation may be off, relatively
 constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
 
-char current_case[400] = "";  // named in every failure, and where the program crashes
+inline char current_case[400] = "";  // named in every failure, and where the program crashes
 
-__attribute__((format(printf, 1, 2))) std::string text(const char* format, ...) {
+__attribute__((format(printf, 1, 2))) inline std::string text(const char* format, ...) {
   char buffer[400];
   va_list arguments;
   va_start(arguments, format);
@@ -51,7 +50,7 @@ __attribute__((format(printf, 1, 2))) std::string text(const char* format, ...) 
   return buffer;
 }
 
-void set_case(const std::string& name) { snprintf(current_case, sizeof current_case, "%s", name.c_str()); }
+inline void set_case(const std::string& name) { snprintf(current_case, sizeof current_case, "%s", name.c_str()); }
 
 // expect(condition, format, ...): arguments are only looked at where the condition is false.
 #define EXPECT(condition, ...)                                     \
@@ -59,9 +58,9 @@ void set_case(const std::string& name) { snprintf(current_case, sizeof current_c
     if (!(condition)) throw std::runtime_error(text(__VA_ARGS__)); \
   } while (0)
 
-struct sigaction previous_action[NSIG];
+inline struct sigaction previous_action[NSIG];
 
-void on_crash(int signal) {
+inline void on_crash(int signal) {
   const char* words[] = {"FAILED  crash in ", current_case, "\n"};
   for (const char* word : words)
     if (write(1, word, strlen(word)) < 0) break;
@@ -124,40 +123,46 @@ class Guarded {
   uint8_t *base_, *data_;
 };
 
-uint32_t bits_of(float f) {
+inline uint32_t bits_of(float f) {
   uint32_t bits;
   memcpy(&bits, &f, 4);
   return bits;
 }
-float float_of(uint32_t bits) {
+inline float float_of(uint32_t bits) {
   float f;
   memcpy(&f, &bits, 4);
   return f;
 }
-bool same_bits(float a, float b) { return bits_of(a) == bits_of(b) || (a != a && b != b); }  // any two NaN are the same
-float from_bf16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
-uint16_t to_bf16(float f) {  // to nearest, ties to even
+inline bool same_bits(float a, float b) {
+  return bits_of(a) == bits_of(b) || (a != a && b != b);
+}  // any two NaN are the same
+inline float from_bf16(uint16_t bits) { return float_of(uint32_t(bits) << 16); }
+inline uint16_t to_bf16(float f) {  // to nearest, ties to even
   return f != f ? 0x7fc0 : uint16_t((bits_of(f) + 0x7fff + (bits_of(f) >> 16 & 1)) >> 16);
 }
 
+struct Approx {
+  double value, error;  // float32 arithmetic, in any order and with or without fma, is about this far from it
+};
+
 // The thread's floating-point control and status registers.
 #if defined(__SSE2__)
-uint64_t float_state() { return _mm_getcsr(); }
-void set_float_state(uint64_t state) { _mm_setcsr(unsigned(state)); }
+inline uint64_t float_state() { return _mm_getcsr(); }
+inline void set_float_state(uint64_t state) { _mm_setcsr(unsigned(state)); }
 constexpr uint64_t kFlushing = 0x9fc0, kOddState = 0x5f91;  // odd: rounds up, two flags are up
 #elif defined(__aarch64__)
-uint64_t float_state() {
+inline uint64_t float_state() {
   uint64_t control, status;
   __asm__ volatile("mrs %0, fpcr\n mrs %1, fpsr" : "=r"(control), "=r"(status));
   return control | status << 32;
 }
-void set_float_state(uint64_t state) {
+inline void set_float_state(uint64_t state) {
   __asm__ volatile("msr fpcr, %0\n msr fpsr, %1" : : "r"(state & 0xffffffff), "r"(state >> 32));
 }
 constexpr uint64_t kFlushing = uint64_t(1) << 24, kOddState = uint64_t(1) << 22 | uint64_t(0x11) << 32;
 #else
-uint64_t float_state() { return 0; }
-void set_float_state(uint64_t) {}
+inline uint64_t float_state() { return 0; }
+inline void set_float_state(uint64_t) {}
 constexpr uint64_t kFlushing = 0, kOddState = 0;
 #endif
 
@@ -171,10 +176,10 @@ class FloatMode {  // the engine's is kFlushing
 };
 
 // Threads of an odd state of their own, which the engine must leave as it was; chunks as unequal as torch's may be.
-std::atomic<bool> state_changed{false};
+inline std::atomic<bool> state_changed{false};
 
 // As many threads as there are tasks, with a floating-point state of their own.
-void run_on_threads(void*, int tasks, void (*task)(void*, int), void* context) {
+inline void run_on_threads(void*, int tasks, void (*task)(void*, int), void* context) {
   std::vector<std::thread> threads;
   for (int i = 0; i < tasks; i++)
     threads.emplace_back([=] {
@@ -185,23 +190,25 @@ void run_on_threads(void*, int tasks, void (*task)(void*, int), void* context) {
   for (std::thread& thread : threads) thread.join();
 }
 
-ThreadPool threads_of(int count) { return {count, run_on_threads, nullptr}; }
+inline ThreadPool threads_of(int count) { return {count, run_on_threads, nullptr}; }
 
-struct Kernels : InferenceKernels { const char* name; };
+struct Kernels : InferenceKernels {
+  const char* name;
+  const EncoderKernels* encoder;
+};
 
-std::vector<const Kernels*> running_here() {  // scalar first, and last the loops of AMX on tiles that are emulated
+inline std::vector<const Kernels*>
+running_here() {  // scalar first, and last the loops of AMX on tiles that are emulated
   static const std::vector<Kernels> all = [] {
     int count;
     const Isa* isa = isas(&count);
     std::vector<Kernels> found;
     for (int i = count - 1; i >= 0; i--)
-      if (isa[i].runs_here()) found.push_back({*implementation(i).inference, isa[i].name});
-    found.push_back({*exported::inference_emulated_tiles, "emulated_tiles"});
+      if (isa[i].runs_here()) found.push_back({*implementation(i).inference, isa[i].name, implementation(i).encoder});
+    found.push_back({*exported::inference_emulated_tiles, "emulated_tiles", exported::encoder_emulated_tiles});
     return found;
   }();
   std::vector<const Kernels*> pointers;
   for (const Kernels& k : all) pointers.push_back(&k);
   return pointers;
 }
-
-}  // namespace
