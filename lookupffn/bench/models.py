@@ -38,7 +38,10 @@ TOO_SLOW = 20  # times as long as PyTorch float32: left out, as every other engi
 
 OWN = {f"lookupffn {linears}": linears for linears in ("int8", "float32")}
 LOOKUPS = {f"lookupffn, lookup {tables}": tables for tables in ("int8", "int4")}
-NAMES = (*OWN, *LOOKUPS, *(engine.name for engine in dense_models.ENGINES))
+
+
+def engine_names() -> list[str]:
+    return [*OWN, *LOOKUPS, *(engine.name for engine in dense_models.ENGINES)]
 
 
 def parse_shape(text: str) -> Shape:
@@ -52,14 +55,15 @@ def parse_shape(text: str) -> Shape:
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The engines of these names, or whose names begin so, without case; all for none."""
-    found = set(NAMES) if not names else set()
+    """The engines of these names, or else whose names begin so, in either case; all where none is named."""
+    known, found = engine_names(), set()
     for name in names:
-        matches = {full for full in NAMES if full == name} or {f for f in NAMES if f.lower().startswith(name.lower())}
+        matches = {full for full in known if full.lower().startswith(name.lower())}
+        exact = {full for full in known if full.lower() == name.lower()}
         if not matches:
-            raise InputError(f"there is no engine {name!r}; there are: {'; '.join(NAMES)}")
-        found |= matches
-    return [name for name in NAMES if name in found]
+            raise InputError(f"there is no engine {name!r}; there are: {'; '.join(known)}")
+        found |= exact or matches
+    return [name for name in known if not names or name in found]
 
 
 def lengths_of(shape: Shape, generator: np.random.Generator) -> np.ndarray:
