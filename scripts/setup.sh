@@ -90,6 +90,7 @@ install_bench() {
     venv=$1 log=$1/setup.log
     echo "setup: installing the engines that the benchmark compares with"
     install_requirements bench
+    pip_install nncf # quantises for OpenVINO; it asks for no torch, so none is replaced
 }
 
 check_compiler() {

@@ -108,7 +108,7 @@ def bench(
 def versions() -> dict[str, str]:
     """Versions of this package and of every library in the comparison."""
     found = machine.versions()
-    for name in ("torchao", "onnxruntime", "openvino"):
+    for name in ("torchao", "onnxruntime", "openvino", "nncf", "zentorch"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,191 +1,213 @@
 """A whole encoder in the runtime and in every dense engine at hand: microseconds a token, in one interleaved run.
 
-Each engine runs the same weights from token ids to hidden states: ONNX Runtime with transformer fusions, in float32 and
-with dynamic int8; OpenVINO in float32 and bfloat16; PyTorch in float32. One that cannot be built is named. Beside them
-the runtime with lookups for FFNs, whose weights are random: what such a model would take.
+Each engine runs the same weights from token ids to hidden states; one that cannot be built is named. Beside them the
+runtime with lookups for FFNs, whose weights are random: what such a model would take.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from lookupffn import machine
+from lookupffn.bench import dense_models, encoders
+from lookupffn.bench.benchmark import versions
+from lookupffn.bench.dense_models import Built, Run, Source
+from lookupffn.bench.engines import first_line
+from lookupffn.bench.footprint import footprint
 from lookupffn.bench.timing import time_interleaved
-from lookupffn.layer import LookupConfig, LookupFFN
+from lookupffn.errors import InputError
+from lookupffn.files import make_folder
 from lookupffn.runtime.export import export
 from lookupffn.runtime.families import graph_of
 from lookupffn.runtime.records import model_bytes
 from lookupffn.runtime.session import MODEL_FILE, Session
 
-SHAPES = ((1, 8), (1, 32), (1, 128), (8, 32), (64, 128))
-LOOKUP = {"num_tables": 64, "code_bits": 8, "block_size": 64}
 RAGGED = "ragged"  # 64 texts as long as sentences are: padded to the longest, and timed by their own tokens
-Run = Callable[[np.ndarray, np.ndarray], object]  # ids and mask, int64 (batch, length)
+Shape = tuple[int, int] | str
+SHAPES: tuple[Shape, ...] = ((1, 8), (1, 32), (1, 128), (8, 32), (64, 128), RAGGED)
+LONGEST_RAGGED = 64
+FOOTPRINT = (64, 512)  # texts and tokens
+TOO_SLOW = 20  # times as long as PyTorch float32: left out, as every other engine would wait for it
+
+OWN = {f"lookupffn {linears}": linears for linears in ("int8", "float32")}
+LOOKUPS = {f"lookupffn, lookup {tables}": tables for tables in ("int8", "int4")}
 
 
-class _Hidden(nn.Module):
-    """Ids and mask to hidden states, by position, as exporters want it."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+def engine_names() -> list[str]:
+    return [*OWN, *LOOKUPS, *(engine.name for engine in dense_models.ENGINES)]
 
 
-def engines(model: Any, folder: Path, threads: int, left_out: dict[str, str]) -> dict[str, Run]:
-    """Every engine's call, by name; ``left_out`` gets those that could not be built, with the reason."""
-    runs: dict[str, Run] = {}
-    for linears in ("int8", "float32"):
-        session = Session(export(model, folder / linears, linears=linears, tables="int8"), threads)
-        runs[f"lookupffn {linears}"] = session
-    for tables in ("int8", "int4"):
-        lookups = _with_lookups(model, folder / f"lookup {tables}", tables)
-        runs[f"lookupffn, lookup {tables}"] = Session(lookups, threads)
-    hidden = _Hidden(model).eval()
-
-    @torch.no_grad()
-    def eager(ids: np.ndarray, mask: np.ndarray) -> object:
-        return hidden(torch.from_numpy(ids), torch.from_numpy(mask))
-
-    runs["PyTorch float32"] = eager
-    builders = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-    file = folder / "model.onnx"
-    for package, build in builders.items():
-        if find_spec(package) is None or find_spec("onnx") is None:
-            left_out[package] = "not installed: pip install 'lookupffn[bench]'"
-            continue
-        try:
-            if not file.exists():
-                _to_onnx(hidden, file)
-            runs |= build(file, model.config, threads)
-        except Exception as error:  # whatever a baseline's library raises: there are others
-            left_out[package] = (str(error).splitlines() or [type(error).__name__])[0]
-    return runs
+def parse_shape(text: str) -> Shape:
+    """``8x32``, texts and tokens of each, or ``ragged``."""
+    if text == RAGGED:
+        return text
+    sizes = text.split("x")
+    if len(sizes) != 2 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise InputError(f"a shape is texts x tokens, as 8x32, or {RAGGED}, not {text!r}")
+    return int(sizes[0]), int(sizes[1])
 
 
-def _with_lookups(model: Any, folder: Path, tables: str) -> Path:
-    """The model with random lookups of its width for FFNs: the time of one that was trained so, and nothing else."""
-    graph = graph_of(model)
-    config = LookupConfig(graph.width, graph.width, reads=3, **LOOKUP)
-    layers = []
-    for layer in graph.layers:
-        ffn = LookupFFN(config)
-        nn.init.normal_(ffn.tables)
-        layers.append(dataclasses.replace(layer, ffn=ffn))
-    folder.mkdir()
-    with open(folder / MODEL_FILE, "wb") as file:
-        file.writelines(model_bytes(dataclasses.replace(graph, layers=layers), "int8", tables))
-    return folder
+def chosen(names: Sequence[str]) -> list[str]:
+    """The engines of these names, or else whose names begin so, in either case; all where none is named."""
+    known, found = engine_names(), set()
+    for name in names:
+        matches = {full for full in known if full.lower().startswith(name.lower())}
+        exact = {full for full in known if full.lower() == name.lower()}
+        if not matches:
+            raise InputError(f"there is no engine {name!r}; there are: {'; '.join(known)}")
+        found |= exact or matches
+    return [name for name in known if not names or name in found]
 
 
-def _to_onnx(hidden: _Hidden, file: Path) -> None:
-    """By tracing, whose graphs ONNX Runtime's fusions know."""
-    x = torch.ones(2, 16, dtype=torch.long)
-    attention = hidden.model.config._attn_implementation
-    hidden.model.set_attn_implementation("eager")
-    names, sizes = ["input_ids", "attention_mask"], {0: "batch", 1: "length"}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                hidden,
-                (x, x),
-                str(file),
-                input_names=names,
-                output_names=["hidden"],
-                dynamic_axes=dict.fromkeys([*names, "hidden"], sizes),
-                dynamo=False,
-                opset_version=17,
-            )
-    finally:
-        hidden.model.set_attn_implementation(attention)
-
-
-def _onnxruntime(file: Path, config: Any, threads: int) -> dict[str, Run]:
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.transformers import optimizer
-
-    logging.getLogger("onnxruntime").setLevel(logging.ERROR)
-    fused, quantised = (file.with_name(f"{name}.onnx") for name in ("fused", "quantised"))
-    sizes = {"num_heads": config.num_attention_heads, "hidden_size": config.hidden_size}
-    optimizer.optimize_model(str(file), model_type="bert", **sizes).save_model_to_file(str(fused))
-    quantize_dynamic(fused, quantised, weight_type=QuantType.QInt8, extra_options={"DefaultTensorType": 1})
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    runs: dict[str, Run] = {}
-    for dtype, path in (("float32", fused), ("int8", quantised)):
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [i.name for i in session.get_inputs()]
-
-        def run(ids: np.ndarray, mask: np.ndarray, session: Any = session, names: list[str] = names) -> object:
-            return session.run(None, {name: ids if name == "input_ids" else mask for name in names})
-
-        runs[f"ONNX Runtime {dtype}"] = run
-    return runs
-
-
-def _openvino(file: Path, config: Any, threads: int) -> dict[str, Run]:
-    import openvino
-
-    runs: dict[str, Run] = {}
-    for dtype, hint in (("float32", "f32"), ("bfloat16", "bf16")):
-        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        compiled = openvino.Core().compile_model(str(file), "CPU", settings)
-        runs[f"OpenVINO {dtype}"] = lambda ids, mask, compiled=compiled: compiled([ids, mask])
-    return runs
-
-
-def lengths_of(shape: tuple[int, int] | str, generator: np.random.Generator) -> np.ndarray:
+def lengths_of(shape: Shape, generator: np.random.Generator) -> np.ndarray:
     """Tokens of each text of a batch. Ragged ones are log-normal, as sentences are: a median of 20, 6 to 64."""
-    if shape == RAGGED:
-        return np.exp(generator.normal(3.0, 0.5, 64)).round().clip(6, 64).astype(int)
-    return np.full(shape[0], shape[1])
+    if isinstance(shape, str):
+        return np.exp(generator.normal(3.0, 0.5, 64)).round().clip(6, LONGEST_RAGGED).astype(int)
+    return np.full(*shape)
 
 
 def bench_model(
-    name: str, model: Any, threads: int, seconds: float, seed: int = 0, shapes: Any = (*SHAPES, RAGGED)
+    name: str,
+    model: Any,
+    threads: int,
+    seconds: float,
+    seed: int = 0,
+    shapes: Sequence[Shape] = SHAPES,
+    engines: Sequence[str] = (),
+    progress: Callable[[str], object] = lambda text: None,
 ) -> Iterator[dict]:
-    """One record an engine and shape: median and quartiles of microseconds a token (of texts, not of padding), machine
-    and versions; then one of what was left out."""
-    generator, left_out = np.random.default_rng(seed), {}
+    """One record an engine and shape: median and quantiles of microseconds a token (of texts, not of padding), what
+    it computes and stores, machine and versions; one of the memory and the opening of the packed model; and one of what
+    was left out. ``progress`` is told what goes on.
+
+    Raises:
+        InputError: the model has no such engine or shape; before anything is built.
+    """
+    names, graph = chosen(engines), graph_of(model)
+    fits = encoders.longest(graph)
+    for shape in shapes:
+        length = LONGEST_RAGGED if isinstance(shape, str) else shape[1]
+        if length > fits:
+            raise InputError(f"shape {_label(shape)} has texts of {length} tokens, {name} takes {fits}: choose another")
+    lookup = encoders.with_lookups(graph, seed)
+    ffn = {"dense": encoders.ffn_flops(graph), "lookup": encoders.ffn_flops(lookup)}
+    ffn["factor"] = ffn["dense"] / ffn["lookup"]
+    left_out = dict(dense_models.NO_ENGINE) if not engines else {}
+    common = {"model": name, "threads": threads, "seed": seed}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            runs = engines(model, Path(folder), threads, left_out)
+        common["machine"] = machine.describe() | {"versions": versions()}
+        with tempfile.TemporaryDirectory() as temporary:
+            source = Source(model, Path(temporary), threads, seed)
+            built = _own(names, source, lookup, progress) | _dense(names, source, left_out, progress)
+            generator = np.random.default_rng(seed)
             for shape in shapes:
                 lengths = lengths_of(shape, generator)
                 mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
                 ids = generator.integers(0, model.config.vocab_size, mask.shape) * mask
-                calls = {engine: (lambda run=run, ids=ids, mask=mask: run(ids, mask)) for engine, run in runs.items()}
-                times = time_interleaved(calls, seconds * len(calls))
-                for engine, time in times.items():
-                    yield {
+                _first_calls(built, source, ids, mask, _label(shape), left_out, progress)
+                progress(f"{_label(shape)}: timing")
+                calls = {engine: (lambda run=b.run, ids=ids, mask=mask: run(ids, mask)) for engine, b in built.items()}
+                times = time_interleaved(calls, seconds * len(calls)) if calls else {}
+                for engine, taken in times.items():
+                    computed = lookup if engine in LOOKUPS else graph
+                    yield common | {
                         "what": "model",
-                        "model": name,
                         "engine": engine,
-                        "shape": shape if shape == RAGGED else f"{len(ids)} x {ids.shape[1]}",
+                        "shape": _label(shape),
                         "tokens": int(lengths.sum()),
-                        "threads": threads,
-                        "us_per_token": time.median / lengths.sum() * 1e6,
-                        "spread": [time.low / lengths.sum() * 1e6, time.high / lengths.sum() * 1e6],
-                        "seed": seed,
-                        "machine": machine.describe(),
+                        "us_per_token": taken.median / lengths.sum() * 1e6,
+                        "spread": [taken.low / lengths.sum() * 1e6, taken.high / lengths.sum() * 1e6],
+                        "flops_per_token": encoders.flops_per_token(computed, lengths),
+                        "bytes": built[engine].bytes,
+                        **({"ffn_flops": ffn} if engine in LOOKUPS else {}),
                     }
+            for engine in [engine for engine in built if OWN.get(engine) == "int8"]:
+                progress("memory and opening")
+                texts, tokens = FOOTPRINT[0], min(FOOTPRINT[1], fits)
+                found = footprint(source.folder / engine, (texts, tokens), threads)
+                about = {"shape": _label((texts, tokens)), "bytes": built[engine].bytes}
+                yield common | {"what": "footprint", "engine": engine, **about, **found}
     finally:
         torch.set_num_threads(before)
-    yield {"what": "left out", "model": name, "engines": left_out}
+        torch._dynamo.reset()
+    yield common | {"what": "left out", "engines": left_out}
+
+
+def _label(shape: Shape) -> str:
+    return shape if isinstance(shape, str) else f"{shape[0]} x {shape[1]}"
+
+
+def _own(names: list[str], source: Source, lookup: Any, progress: Callable[[str], object]) -> dict[str, Built]:
+    """The runtime's sessions, each of a file in the folder of its name."""
+    built = {}
+    for name in [name for name in names if name in OWN or name in LOOKUPS]:
+        progress(f"building {name}")
+        folder = source.folder / name
+        if name in OWN:
+            export(source.model, folder, linears=OWN[name])
+        else:
+            make_folder(folder)
+            with open(folder / MODEL_FILE, "wb") as file:
+                file.writelines(model_bytes(lookup, "int8", LOOKUPS[name]))
+        built[name] = Built(Session(folder, source.threads), (folder / MODEL_FILE).stat().st_size)
+    return built
+
+
+def _dense(
+    names: list[str], source: Source, left_out: dict[str, str], progress: Callable[[str], object]
+) -> dict[str, Built]:
+    """The dense engines at hand; ``left_out`` gets those that could not be built, with the reason."""
+    built = {}
+    for engine in [engine for engine in dense_models.ENGINES if engine.name in names]:
+        if engine.missing:
+            left_out[engine.name] = f"{', '.join(engine.missing)} not installed"
+            continue
+        progress(f"building {engine.name}")
+        try:
+            built[engine.name] = engine.build(source)
+        except Exception as error:  # whatever a baseline's library raises: there are others
+            left_out[engine.name] = first_line(error)
+    return built
+
+
+def _first_calls(
+    built: dict[str, Built],
+    source: Source,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    shape: str,
+    left_out: dict[str, str],
+    progress: Callable[[str], object],
+) -> None:
+    """Calls each engine for the first time at this shape, in which some compile; takes out those that fail or lag."""
+    torch._dynamo.reset()  # a class of modules is compiled for some shapes only
+    limit = TOO_SLOW * _seconds(dense_models.torch_run(source.hidden), ids, mask)
+    for name in list(built):
+        progress(f"{shape}: first call of {name}")
+        try:
+            built[name].run(ids, mask)
+            taken = _seconds(built[name].run, ids, mask)
+        except Exception as error:
+            if name in OWN or name in LOOKUPS:
+                raise
+            left_out[name] = f"{first_line(error)} ({shape})"
+            del built[name]
+            continue
+        if taken > limit and name not in OWN and name not in LOOKUPS:
+            left_out[name] = f"more than {TOO_SLOW} times as long as PyTorch float32 ({shape})"
+            del built[name]
+
+
+def _seconds(run: Run, ids: np.ndarray, mask: np.ndarray) -> float:
+    start = time.perf_counter()
+    run(ids, mask)
+    return time.perf_counter() - start
