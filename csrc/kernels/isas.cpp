@@ -53,15 +53,20 @@ bool always() { return true; }
 int find(const std::string& name) {
   int count;
   const Isa* all = isas(&count);
-  std::string known;
+  std::string known, here, needs;
   for (int i = 0; i < count; i++) {
+    const bool runs = all[i].runs_here();
     if (name == all[i].name) {
-      if (all[i].runs_here()) return i;
-      throw std::runtime_error("implementation '" + name + "' needs " + all[i].needs + ", which this processor lacks");
+      if (runs) return i;
+      needs = all[i].needs;
     }
     known += (i ? ", " : "") + std::string(all[i].name);
+    if (runs) here += (here.empty() ? "" : ", ") + std::string(all[i].name);
   }
-  throw std::runtime_error("there is no implementation '" + name + "'; this build has " + known);
+  throw std::runtime_error((needs.empty() ? "there is no implementation '" + name + "'; this build has " + known
+                                          : "implementation '" + name + "' needs " + needs +
+                                                ", which this processor lacks") +
+                           "; here run " + here);
 }
 
 int choose() {

@@ -182,8 +182,8 @@ struct LinearArgs {
   int tokens;             // at most kMaxTile
   const float* residual;  // or null, as the gate
   size_t residual_stride;
-  const float* gate;
-  size_t gate_stride;
+  const float* gate = nullptr;
+  size_t gate_stride = 0;
   float* y;  // rows of w.block_out; may be the residual or the gate
   size_t y_stride;
   uint8_t* quantised;  // scratch: [tokens][block_in][activation_planes]
@@ -224,9 +224,9 @@ struct AttendArgs {
   size_t keys_stride;
   int keys, head_dim;
   bool causal;
-  const float* bias;  // or null: added to the scores of query i, from key 0 on, at bias + (i - begin) * bias_step
-  int64_t bias_step;
-  int reach;      // keys further away have a bias of minus infinity and may be passed over; 0: all count
+  const float* bias = nullptr;  // or null: added to the scores of query i, from key 0 on, at bias + (i - begin) * bias_step
+  int64_t bias_step = 0;
+  int reach = 0;      // keys further away have a bias of minus infinity and may be passed over; 0: all count
   float* scores;  // [kMaxQueryTile][keys_stride]
   float* y;       // of the sequence's first token
   int64_t y_stride;

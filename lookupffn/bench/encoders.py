@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lookupffn.layer import LookupConfig, LookupFFN
-from lookupffn.runtime.graph import Graph
+from lookupffn.runtime.graph import Dense, Graph
 
 SHAPES = {  # layers, width, heads and width of the FFN, of BERT's kind and vocabulary
     "minilm": (6, 384, 12, 1536),
@@ -56,7 +56,7 @@ def with_lookups(graph: Graph, seed: int) -> Graph:
 
 def longest(graph: Graph) -> int:
     """Tokens that a text may have."""
-    return len(graph.positions) - graph.first_position
+    return graph.max_positions - graph.first_position
 
 
 def ffn_flops(graph: Graph) -> int:
@@ -64,7 +64,11 @@ def ffn_flops(graph: Graph) -> int:
     total = 0
     for layer in graph.layers:
         ffn = layer.ffn
-        total += ffn.flops(1) if isinstance(ffn, LookupFFN) else 2 * (ffn.up.weight.numel() + ffn.down.weight.numel())
+        if isinstance(ffn, Dense):
+            parts = [part for part in (ffn.up, ffn.gate, ffn.down) if part is not None]
+            total += 2 * sum(part.weight.numel() for part in parts)
+        else:
+            total += ffn.flops(1)
     return total
 
 
@@ -72,7 +76,9 @@ def flops_per_token(graph: Graph, lengths: np.ndarray) -> int:
     """Two a multiply-add of the linears, of attention and of FFNs, for texts of these lengths without padding."""
     linears = attended = 0
     for layer in graph.layers:
-        parts = (layer.query[0], layer.key[0], layer.value[0], layer.output.weight)
+        parts = (layer.query.weight, layer.key.weight, layer.value.weight, layer.output.weight)
         linears += 2 * sum(weight.numel() for weight in parts)
-        attended += 4 * layer.query[0].shape[0]  # scores and their sum of values, for each token that is attended to
+        attended += (
+            4 * layer.query.weight.shape[0]
+        )  # scores and their sum of values, for each token that is attended to
     return round(linears + ffn_flops(graph) + attended * (lengths**2).sum() / lengths.sum())

@@ -27,7 +27,9 @@ def footprint(folder: Path, shape: tuple[int, int], threads: int) -> dict:
     command = [sys.executable, "-m", __name__, str(folder), *map(str, (*shape, threads))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"the process that measures memory failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
+        raise RuntimeError(
+            f"the process that measures memory failed: {(done.stderr.splitlines() or ['no message'])[-1]}"
+        )
     return json.loads(done.stdout)
 
 

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lookupffn.branches import BranchedLookupFFN
-from lookupffn.convert.slots import Slot, slots_of
+from lookupffn.convert.slots import slots_of
 from lookupffn.convert.start import Shape, collect, split, start
 from lookupffn.convert.texts import Tokens
 

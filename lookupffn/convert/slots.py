@@ -53,9 +53,10 @@ def slots_of(model: Any) -> list[Slot]:
     """The feed-forward layers of a model, from its first layer on. Raises InputError for a family that is not known."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
         raise InputError(
-            f"{type(model).__name__} of model_type {kind!r} cannot be converted; known are {', '.join(sorted(FAMILIES))}. "
-            "Register a function that yields its layers: lookupffn.convert.slots.register"
+            f"{type(model).__name__} of model_type {kind!r} cannot be converted; known are {known}. Register a function "
+            "that yields its layers: lookupffn.convert.slots.register"
         )
     return list(FAMILIES[kind](getattr(model, model.base_model_prefix, model)))
 

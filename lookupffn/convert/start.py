@@ -52,9 +52,7 @@ def collect(model: nn.Module, slots: list[Slot], batches: Any) -> list[tuple[Ten
         hooks.append(
             slot.first.register_forward_pre_hook(lambda _, args, kept=inputs: kept.append(args[0][here["mask"]]))
         )
-        hooks.append(
-            slot.last.register_forward_hook(lambda _, args, out, kept=outputs: kept.append(out[here["mask"]]))
-        )
+        hooks.append(slot.last.register_forward_hook(lambda _, args, out, kept=outputs: kept.append(out[here["mask"]])))
     try:
         with torch.no_grad():
             for ids, mask in batches:

@@ -29,7 +29,7 @@ def export(
     ``model`` is a Hugging Face encoder, sequence classifier or masked LM (``families.FAMILIES``), or a
     SentenceTransformer or CrossEncoder of sentence-transformers, whose tokenizer and pooling go along. ``linears`` is
     the type of dense products' weights, ``"int8"``, ``"bfloat16"`` or ``"float32"``, ``tables`` that of lookup tables.
-    ``pooling`` is ``"mean"``, ``"cls"`` or ``"none"``; given for a masked LM, it leaves the head out.
+    ``pooling`` is ``"mean"``, ``"cls"`` or ``"none"``; given for a model with a head, it leaves the head out.
 
     Raises:
         InputError: a family or an option that the runtime does not have; the message names it.
@@ -38,12 +38,12 @@ def export(
     encoder, found = _parts(model)
     tokenizer = tokenizer or found.get("tokenizer")
     graph = graph_of(encoder)
+    if pooling is not None and graph.head:
+        graph = dataclasses.replace(graph, head=(), head_norm=None, labels=())
     pooling = found.get("pooling", graph.pooling) if pooling is None else pooling
     normalise = found.get("normalise", False) if normalise is None else normalise
-    if pooling not in POOLINGS or (pooling == "tokens" and graph.pooling != "tokens"):
+    if pooling not in POOLINGS or (pooling == "tokens" and not graph.head):
         raise InputError(f"pooling must be one of none, mean, cls, not {pooling!r}")
-    if graph.pooling == "tokens" and pooling != "tokens":
-        graph = dataclasses.replace(graph, head=(), head_norm=None)
     longest = found.get("max_length") or getattr(tokenizer, "model_max_length", None) or 1 << 30
     graph = dataclasses.replace(graph, pooling=pooling, normalised=normalise, max_length=int(longest))
     graph = dataclasses.replace(graph, mask_token_id=getattr(tokenizer, "mask_token_id", None))
@@ -60,6 +60,9 @@ def export(
 def _parts(model: Any) -> tuple[Any, dict]:
     """The Transformer in what sentence-transformers has, and what its other modules say; another model as it is."""
     if type(model).__name__ == "CrossEncoder":
+        if len(list(model.children())) > 1:
+            kinds = ", ".join(type(module).__name__ for module in model.children())
+            raise InputError(f"a CrossEncoder of several modules ({kinds}) cannot be exported")
         longest = (
             model.max_seq_length if hasattr(model, "max_seq_length") else model.max_length
         )  # sentence-transformers 5

@@ -306,14 +306,23 @@ def read_metadata(path: Path) -> dict[str, str]:
             if length > min(os.path.getsize(path), 1 << 24):
                 raise ValueError(f"a header of {length} bytes")
             metadata = json.loads(file.read(length))["__metadata__"]
-        if metadata["format"] != FILE_FORMAT or metadata["version"] != str(VERSION):
-            raise ValueError(f"format {metadata['format']!r}, version {metadata['version']!r}")
-        if not isinstance(json.loads(metadata.get("labels", "[]")), list):
-            raise ValueError(f"labels {metadata['labels']!r}")
-        if metadata["position_rule"] not in POSITIONS:
-            raise ValueError(f"position_rule {metadata['position_rule']!r}")
-        for name in ("pad_token_id", "max_length", "mask_token_id"):
-            int(metadata.get(name, 0))
+        if metadata["format"] != FILE_FORMAT:
+            raise ValueError(f"format {metadata['format']!r}")
+        version = str(metadata["version"])
+        if version == str(VERSION):
+            _check_words(metadata)
     except (ValueError, KeyError, TypeError, struct.error) as error:
         raise InputError(f"{path} is damaged or no packed model: {error}") from None
+    if version != str(VERSION):
+        remedy = "upgrade it" if version.isdecimal() and int(version) > VERSION else "export the model again"
+        raise InputError(f"{path} is of format version {version}, this lookupffn reads {VERSION}: {remedy}")
     return metadata
+
+
+def _check_words(metadata: dict[str, str]) -> None:
+    if not isinstance(json.loads(metadata.get("labels", "[]")), list):
+        raise ValueError(f"labels {metadata['labels']!r}")
+    if metadata["position_rule"] not in POSITIONS:
+        raise ValueError(f"position_rule {metadata['position_rule']!r}")
+    for name in ("pad_token_id", "max_length", "mask_token_id"):
+        int(metadata.get(name, 0))

@@ -153,6 +153,8 @@ class Session:
         ids, mask, types = (_array(x) for x in (input_ids, attention_mask, token_type_ids))
         ids, mask = _checked(ids, mask, types)
         hidden, _ = self._run(ids, mask, types, hidden=True, pooled=False)
+        if mask.all():
+            return hidden.reshape(*ids.shape, self.hidden_size)
         out = np.zeros((*ids.shape, self.hidden_size), np.float32)
         out[mask] = hidden
         return out
@@ -264,7 +266,7 @@ class Session:
             raise InputError(f"{self.folder} is a classifier of {', '.join(self.labels)}: call classify")
         if self.pooling == "tokens":
             raise InputError(f"{self.folder} is a language model: call fill, or export it with pooling=")
-        return self._pooled(list(texts), progress)
+        return self._pooled(_texts(texts, "texts"), progress)
 
     def classify(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, progress: bool = False
@@ -275,7 +277,8 @@ class Session:
             raise InputError(f"{self.folder} is no classifier: export a model for sequence classification")
         if pairs is not None and len(pairs) != len(texts):
             raise InputError(f"{len(texts)} texts and {len(pairs)} second texts: each needs one")
-        return self._pooled(list(texts) if pairs is None else list(zip(texts, pairs, strict=True)), progress)
+        texts = _texts(texts, "texts")
+        return self._pooled(texts if pairs is None else list(zip(texts, _texts(pairs, "pairs"), strict=True)), progress)
 
     def fill(
         self, texts: Sequence[str], *, top: int = 5, progress: bool = False
@@ -288,9 +291,9 @@ class Session:
             raise InputError(f"{self.folder} is no masked LM with a mask token: export one with its tokenizer")
         if not 1 <= top <= self._described.pooled_size:
             raise InputError(f"top must be 1 to {self._described.pooled_size}, not {top}")
-        mask_token = int(self.metadata["mask_token_id"])
+        texts, mask_token = _texts(texts, "texts"), int(self.metadata["mask_token_id"])
         filled: list[list[list[tuple[str, float]]]] = [[] for _ in texts]
-        for group, ids, mask, types in self._batches(list(texts), progress, mask_token):
+        for group, ids, mask, types in self._batches(texts, progress, mask_token):
             places = (ids == mask_token) & mask
             logits = self._run(ids, mask, types, hidden=False, pooled=True, places=places)[1]
             for row, scores in zip(places.nonzero()[0], logits.astype(np.float64), strict=True):
@@ -337,6 +340,15 @@ class Session:
                 size = len(encodings[i].ids)
                 ids[row, :size], types[row, :size], mask[row, :size] = encodings[i].ids, encodings[i].type_ids, True
             yield group, ids, mask, types
+
+
+def _texts(texts: Sequence[str], name: str) -> list[str]:
+    if isinstance(texts, str | bytes):  # whose characters would be texts
+        raise InputError(f"{name} must be a list of strings, not one: [{texts[:40]!r}]")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"{name}[{i}] is {type(text).__name__}, not a string")
+    return list(texts)
 
 
 def _is_tensor(x: Any) -> bool:

@@ -400,7 +400,7 @@ for attempt in (native.implementation, lambda: pack(LookupFFN(LookupConfig(64, 5
     assert len(lines) == 3
     for line in lines:
         assert line.startswith("LOOKUPFFN_ISA: there is no implementation 'pentium'; this build has ")
-        assert line.endswith(", ".join(i["name"] for i in native.implementations()))
+        assert ", ".join(i["name"] for i in native.implementations()) in line
 
 
 def test_without_the_kernels_everything_works_says_so_once_and_agrees(tmp_path):
