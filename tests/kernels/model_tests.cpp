@@ -199,6 +199,13 @@ std::string test_models(const Options& options) {
                              ~uint64_t(0), ~place.begin + 1, ~place.begin + 65, place.bytes + (uint64_t(1) << 32)})
         refusals.expect_at(text("a length of record %d", i), list + 16 * size_t(i) + 8, bytes);
     }
+    // A sound record where none may begin, and the list says so.
+    Vector between = model.bytes;
+    const Place last = model.places.back(), moved = {model.bytes.size() + 32, last.bytes};
+    between.resize(moved.begin);
+    between.insert(between.end(), model.bytes.end() - int64_t(last.bytes), model.bytes.end());
+    memcpy(&between[list + 16 * size_t(count - 1)], &moved, sizeof moved);
+    refusals.expect("a record 32 bytes behind a multiple of 64", GuardedBytes(between).bytes());
     refused += refusals.count;
   }
   return text("%d models, %d damaged ones refused; implementations within %.1g of each other", cases, refused, most);
