@@ -77,6 +77,7 @@ def distil(
     *,
     budget: int,
     pooling: str,
+    states: list[int] | None = None,
     seed: int = 0,
     say: Callable[[Progress], None] | None = None,
     every: int = 50,
@@ -84,7 +85,8 @@ def distil(
     """Trains ``student`` in place on ``budget`` tokens: AdamW, the learning rate rising, then falling to 0.
 
     The loss is the mean over layers of ``|h - h_teacher|^2 / var(h_teacher)`` plus 10 times ``1 - cosine`` of the
-    pooled vectors. Embeddings are frozen.
+    pooled vectors. ``states`` says which of the teacher's hidden states each layer is to match: by default its own.
+    Embeddings are frozen.
     """
     frozen = {id(p) for p in embeddings_of(student).parameters()}
     for parameter in student.parameters():
@@ -106,7 +108,7 @@ def distil(
             with torch.no_grad():
                 wanted = teacher(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
             found = student(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-            layers = layer_losses(found[1:], wanted[1:], mask.bool())
+            layers = layer_losses(found[1:], [wanted[i] for i in states or range(1, len(wanted))], mask.bool())
             cosine = F.cosine_similarity(*(pooled(h[-1], mask, pooling) for h in (found, wanted))).mean()
             loss = layers + VECTOR_WEIGHT * (1 - cosine)
             optimizer.zero_grad()

@@ -55,8 +55,8 @@ def slots_of(model: Any) -> list[Slot]:
     if kind not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise InputError(
-            f"{type(model).__name__} of model_type {kind!r} cannot be converted; known are {known}. Register a function "
-            "that yields its layers: lookupffn.convert.slots.register"
+            f"{type(model).__name__} of model_type {kind!r} cannot be converted; known are {known}. Register a "
+            "function that yields its layers: lookupffn.convert.slots.register"
         )
     return list(FAMILIES[kind](getattr(model, model.base_model_prefix, model)))
 
