@@ -17,7 +17,7 @@ from torch import nn
 
 from lookupffn import machine
 from lookupffn.convert import quality
-from lookupffn.convert.distil import Progress, converted, distil
+from lookupffn.convert.distil import STEP_TOKENS, Progress, converted, distil
 from lookupffn.convert.rivals import half_the_layers, without_ffns
 from lookupffn.convert.slots import slots_of
 from lookupffn.convert.start import Shape
@@ -27,8 +27,11 @@ from lookupffn.files import atomic_write, make_folder
 from lookupffn.runtime.export import export
 from lookupffn.runtime.session import Session
 
+MOST_TOKENS = 20_000_000  # that are tokenised where the budget is in minutes
+TIMED_TOKENS = 8 * STEP_TOKENS
 HELD_OUT = 1500  # texts, at most, and a tenth of all
 LEAST_TEXTS = 20
+QUICK = 200  # texts
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def convert(
     documents: Iterable[str],
     output: str | os.PathLike,
     *,
-    tokens: int,
+    tokens: int | None = None,
+    minutes: float = 10.0,
     tokenizer: Any = None,
     shape: Shape | None = None,
     pooling: str = "mean",
@@ -71,7 +75,8 @@ def convert(
     ``model`` is a SentenceTransformer, or a Hugging Face encoder with ``tokenizer``; it is not changed. ``documents``
     are cut to sentences and passages; a tenth of them, 1,500 at most, are held out to measure on. ``tokens`` is the
     budget of distillation, of the model and of each rival: the model without feed-forward layers, and with half of its
-    layers. ``output`` receives ``packed/``, which :class:`lookupffn.Session` runs, and ``report.json``.
+    layers; without it as many as fit into ``minutes`` for all of them, by the time of a few steps. ``output`` receives
+    ``packed/``, which :class:`lookupffn.Session` runs, and ``report.json``.
 
     Raises:
         InputError: a family that is not known, too little text, a folder that cannot be written.
@@ -88,12 +93,15 @@ def convert(
     generator = np.random.default_rng(seed)
     generator.shuffle(texts)
     held = min(HELD_OUT, len(texts) // 10)
-    data = Tokens(tokenizer, texts[held:], max_length, tokens)
+    data = Tokens(tokenizer, texts[held:], max_length, tokens or MOST_TOKENS)
 
     torch.manual_seed(seed)
     contenders: dict[str, tuple[nn.Module, list[int] | None]] = {
         "student": (converted(teacher, shape, data, generator), None)
     }
+    if tokens is None:
+        seconds = _seconds_a_token(contenders["student"][0], teacher, data, pooling)
+        tokens = max(1, int(minutes * 60 / seconds / (3 if rivals else 1)))
     if rivals:
         contenders["no feed-forward layers"] = (without_ffns(teacher), None)
         contenders["half of the layers"] = half_the_layers(teacher)
@@ -112,7 +120,7 @@ def convert(
     }
     for name, (student, states) in contenders.items():
         start = time.perf_counter()
-        untrained = judge(student)
+        untrained = judge.cosine(student)
         distil(
             student,
             teacher,
@@ -123,7 +131,10 @@ def convert(
             seed=seed,
             say=None if say is None else lambda p, name=name: say(name, p),
         )
-        found = judge(student) | {"minutes": (time.perf_counter() - start) / 60, "untrained": untrained}
+        found = judge(student) | {
+            "minutes": (time.perf_counter() - start) / 60,
+            "cosine_untrained": untrained,
+        }
         if name == "student":
             report["student"] = found | _costs(student, slots_of(student))
             export(
@@ -137,6 +148,12 @@ def convert(
             report.setdefault("rivals", {})[name] = found
     atomic_write(folder / "report.json", json.dumps(report, indent=1) + "\n")
     return Conversion(contenders["student"][0], folder, report)
+
+
+def _seconds_a_token(student: nn.Module, teacher: nn.Module, data: Tokens, pooling: str) -> float:
+    start = time.perf_counter()
+    distil(copy.deepcopy(student), teacher, data, budget=TIMED_TOKENS, pooling=pooling)
+    return (time.perf_counter() - start) / TIMED_TOKENS
 
 
 def _parts(model: Any, tokenizer: Any, pooling: str, max_length: int) -> tuple[Any, Any, str, int]:
@@ -160,8 +177,9 @@ def _with_encoder(model: Any, student: nn.Module) -> Any:
     found._modules = dict(model._modules)
     first = next(iter(found._modules))
     found._modules[first] = copy.copy(model[0])
-    found._modules[first]._modules = dict(model[0]._modules)
-    found[0].auto_model = student
+    parts = found._modules[first]._modules = dict(model[0]._modules)
+    (name,) = (name for name, part in parts.items() if part is model[0].auto_model)
+    parts[name] = student
     return found
 
 
@@ -184,6 +202,12 @@ class _Judge:
         self.tokenizer, self.texts, self.pairs = tokenizer, texts, pairs
         self.pooling, self.max_length = pooling, max_length
         self.vectors = quality.embed(teacher, tokenizer, texts, pooling, max_length)
+
+    def cosine(self, model: nn.Module) -> float:
+        """The mean cosine alone, on some of the texts: where nothing was trained yet."""
+        texts = self.texts[:QUICK]
+        vectors = quality.embed(model, self.tokenizer, texts, self.pooling, self.max_length)
+        return float(quality.cosine(vectors, self.vectors[:QUICK]).mean())
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         return self.of(lambda texts: quality.embed(model, self.tokenizer, texts, self.pooling, self.max_length))

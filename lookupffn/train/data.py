@@ -140,6 +140,25 @@ def pretraining_data(
     return result
 
 
+def documents(
+    source: str | Path = EMBEDDED,
+    *,
+    text_column: str = "text",
+    encoding: str = "utf-8",
+    skip_bad: bool = False,
+    progress: bool = False,
+) -> Iterator[str]:
+    """The documents of a source, as `pretraining_data` reads them, in its order; long ones in parts of 2^15 characters.
+
+    Raises DataError for what it cannot use, where too much cannot be read when all has been.
+    """
+    reader = _Reader(_find(source), text_column, 0.0, progress, "reading", check_encoding(encoding), skip_bad)
+    for _, piece in reader:
+        yield piece.text
+    if not skip_bad:
+        refuse_bad(reader.summary())
+
+
 def progress_bar(**options: Any) -> tqdm:
     """A bar that a terminal redraws ten times a second, and a log file gets a line of in half a minute."""
     return tqdm(**options, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 30)
