@@ -203,7 +203,7 @@ def tune(
 def export(
     model: Annotated[str, typer.Argument(help="folder or name of a model of transformers or sentence-transformers")],
     output: Annotated[Path, typer.Option(help="folder for the packed model")],
-    linears: Annotated[str, typer.Option(help="of dense products: int8 or float32")] = "int8",
+    linears: Annotated[str, typer.Option(help="of dense products: int8, bfloat16 or float32")] = "int8",
     tables: Annotated[str, typer.Option(help="of lookup tables: int4, int8, bfloat16 or float32")] = "int8",
     pooling: Annotated[
         str | None, typer.Option(help="mean, cls or none, of the encoder alone, without its head [as the model says]")

@@ -257,7 +257,7 @@ static void add_table_row(const AddTableRowArgs& a) {
   for (int i = 0; i < a.padded; row += 64) {
     const bytes64 line = load_bytes(row);
     add_line(halves ? low_halves(line) : line, a.y + i), i += 64;
-    if (halves) add_line(high_halves(line), a.y + i), i += 64;
+    if (halves && i < a.padded) add_line(high_halves(line), a.y + i), i += 64;
   }
 }
 

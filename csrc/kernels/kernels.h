@@ -224,9 +224,10 @@ struct AttendArgs {
   size_t keys_stride;
   int keys, head_dim;
   bool causal;
-  const float* bias = nullptr;  // or null: added to the scores of query i, from key 0 on, at bias + (i - begin) * bias_step
+  const float* bias =
+      nullptr;  // or null: added to the scores of query i, from key 0 on, at bias + (i - begin) * bias_step
   int64_t bias_step = 0;
-  int reach = 0;      // keys further away have a bias of minus infinity and may be passed over; 0: all count
+  int reach = 0;  // keys further away have a bias of minus infinity and may be passed over; 0: all count
   float* scores;  // [kMaxQueryTile][keys_stride]
   float* y;       // of the sequence's first token
   int64_t y_stride;
@@ -245,7 +246,7 @@ struct AddTableRowArgs {
   TableType type;  // float32, int8 or int4
   const void* row;
   float scale;
-  int padded;  // a multiple of 64, of int4 of 128
+  int padded;  // a multiple of 64: outputs that are added to, of int4 it may be less than the row has
   float* y;
 };
 

@@ -71,7 +71,8 @@ std::string check_config(const EncoderConfig& c) {
   if (c.rotary && c.head_dim % (2 * kLanes)) return field("head_dim", c.head_dim) + ", whose halves cannot be turned";
   if (c.window < 0 || c.window > c.max_positions || (c.window && (c.relative || c.causal)))
     return field("window", c.window);
-  if (c.window ? c.global_every < 1 : c.global_every != 0) return field("global_every", c.global_every);
+  if (c.window ? c.global_every < 1 || c.global_every > kMostLayers : c.global_every != 0)
+    return field("global_every", c.global_every);
   if (c.first_position < 0 || c.first_position >= c.max_positions) return field("first_position", c.first_position);
   return "";
 }

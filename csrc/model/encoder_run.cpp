@@ -279,7 +279,7 @@ struct Chunk {
         call.k.encoder->add_table_row({.type = rows.type,
                                        .row = rows.data + size_t(row) * rows.row_bytes(),
                                        .scale = is_integer(rows.type) ? rows.scales[row] : 1.0f,
-                                       .padded = rows.padded,
+                                       .padded = config().padded,
                                        .y = y + (token - t) * config().padded});
       }
     });

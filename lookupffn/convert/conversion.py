@@ -25,6 +25,7 @@ from lookupffn.convert.texts import Tokens, passages
 from lookupffn.errors import InputError
 from lookupffn.files import atomic_write, make_folder
 from lookupffn.runtime.export import export
+from lookupffn.runtime.families import graph_of
 from lookupffn.runtime.session import Session
 
 MOST_TOKENS = 20_000_000  # that are tokenised where the budget is in minutes
@@ -85,6 +86,7 @@ def convert(
     encoder, tokenizer, pooling, max_length = _parts(model, tokenizer, pooling, max_length)
     teacher = copy.deepcopy(encoder).eval()
     slots = slots_of(teacher)
+    graph_of(teacher)  # what the runtime cannot run is refused before anything is trained
     folder = Path(output)
     make_folder(folder)
     texts = list(passages(documents, max_length * 2 // 3, seed))

@@ -209,19 +209,26 @@ def _tables(layer: LookupFFN, h: dict) -> dict[str, Tensor]:
     return sections
 
 
+SCALED_AT_ONCE = 1 << 17  # entries, so that what is computed of them stays in a cache
+
+
 def least_squares_scales(tables: Tensor, most: int) -> Tensor:
     """``(T,)`` scales at which integers of ``-most`` to ``most`` are nearest to ``tables (T, K, E)``, float64.
 
     Of 36 shares of the largest entry, 1 to 0.3, each table takes that of the least sum of squared errors: with few
     integers a finer step for most entries is worth more than the few that are cut off.
     """
-    values = tables.double()
+    some = max(1, SCALED_AT_ONCE // tables[0].numel())
+    return torch.cat([_least_squares_scales(part.double(), most) for part in tables.split(some)])
+
+
+def _least_squares_scales(values: Tensor, most: int) -> Tensor:
     largest = values.abs().amax((1, 2)) / most
     best, least = largest, torch.full_like(largest, math.inf)
     for share in torch.linspace(1.0, 0.3, 36, dtype=torch.float64):
         scales = (largest * share)[:, None, None]
-        rounded = (values / scales).nan_to_num(0.0, 0.0, 0.0).round().clamp(-most, most) * scales
-        error = (rounded - values).square().sum((1, 2))
+        rounded = (values / scales).nan_to_num_(0.0, 0.0, 0.0).round_().clamp_(-most, most).mul_(scales)
+        error = rounded.sub_(values).square_().sum((1, 2))
         best, least = torch.where(error < least, largest * share, best), torch.minimum(error, least)
     return best
 

@@ -211,3 +211,5 @@ def test_a_conversion_from_end_to_end(wrapped, tokenizer, tmp_path):
         convert(teacher, ["one two three. four five six."], tmp_path, tokens=9, tokenizer=tokenizer)
     with pytest.raises(InputError, match="BertModel comes without a tokenizer"):
         convert(teacher, documents(), tmp_path, tokens=9)
+    with pytest.raises(InputError, match="model_type 'electra' cannot be exported"):
+        convert(FAMILIES["electra"](), documents(), tmp_path, tokens=9, tokenizer=tokenizer)

@@ -5,6 +5,7 @@
 namespace {
 
 enum class Scores { kNormal, kFar, kExact, kEqual, kHuge };
+enum class Bias { kNone, kDistance, kWindow, kMatrix };  // a window is a distance with a reach
 
 struct HeadCase {
   int head_dim, keys;
@@ -12,13 +13,16 @@ struct HeadCase {
   Scores scores;
   int gap;        // between rows of queries, keys and values, as those of other heads
   int more_keys;  // by how many vectors keys_stride is longer than it need be
+  Bias bias;
+  int reach;
 
   int padded_keys() const { return int(round_up(size_t(keys), 16)); }
   size_t keys_stride() const { return size_t(padded_keys() + 16 * more_keys); }
   std::string name() const {
     const char* names[] = {"normal", "far apart", "exact and far apart", "equal", "huge"};
-    return text("head_dim %d, %d keys%s, scores %s, gap %d, %d vectors more", head_dim, keys, causal ? ", causal" : "",
-                names[int(scores)], gap, more_keys);
+    const char* biases[] = {"no bias", "a bias by distance", "a window", "a bias for each score"};
+    return text("head_dim %d, %d keys%s, scores %s, gap %d, %d vectors more, %s, reach %d", head_dim, keys,
+                causal ? ", causal" : "", names[int(scores)], gap, more_keys, biases[int(bias)], reach);
   }
 };
 
@@ -27,6 +31,7 @@ struct Head {
   HeadCase c;
   FloatRows q, k, v, y;
   FloatRows keys, values;
+  Numbers<float> by_distance, matrix;  // from distance 1 - keys on, and what a vector reads behind the last
 
   Head(const HeadCase& c, Random& random)
       : c(c),
@@ -35,7 +40,15 @@ struct Head {
         v(c.keys, c.head_dim, c.gap),
         y(c.keys, c.head_dim, c.gap),
         keys(c.head_dim, c.padded_keys(), 16 * c.more_keys),
-        values(c.keys, c.head_dim) {
+        values(c.keys, c.head_dim),
+        by_distance(c.bias == Bias::kNone ? 0 : size_t(2 * c.keys + 14)),
+        matrix(c.bias == Bias::kMatrix ? size_t(c.keys) * c.padded_keys() : 0) {
+    for (size_t i = 0; i < by_distance.count; i++) {
+      const bool outside = c.bias == Bias::kWindow && std::abs(int(i) - (c.keys - 1)) > c.reach;
+      by_distance[i] = outside ? -kInfinity : c.bias == Bias::kWindow ? 0 : 3 * random.normal();
+    }
+    for (int t = 0; t < c.keys && matrix.count; t++)
+      for (int j = 0; j < c.padded_keys(); j++) matrix[size_t(t) * c.padded_keys() + j] = bias_of(t, j);
     const float root = 1 / std::sqrt(float(c.head_dim));
     for (int t = 0; t < c.keys; t++)
       for (int d = 0; d < c.head_dim; d++) {
@@ -77,14 +90,23 @@ struct Head {
                              .keys = c.keys,
                              .head_dim = c.head_dim,
                              .causal = c.causal,
+                             .bias = c.bias == Bias::kNone     ? nullptr
+                                     : c.bias == Bias::kMatrix ? matrix.at() + size_t(begin) * c.padded_keys()
+                                                               : by_distance.at() + c.keys - 1 - begin,
+                             .bias_step = c.bias == Bias::kMatrix ? c.padded_keys() : -1,
+                             .reach = c.bias == Bias::kWindow ? c.reach : 0,
                              .scores = scores.at(),
                              .y = y.data(),
                              .y_stride = int64_t(y.stride)});
   }
 
   int seen(int query) const { return c.causal ? query + 1 : c.keys; }
+  float bias_of(int query, int key) const {
+    return c.bias == Bias::kNone ? 0 : key < c.keys ? by_distance[c.keys - 1 + key - query] : 0;
+  }
+  bool attended(int query, int key) const { return key < seen(query) && bias_of(query, key) > -kInfinity; }
   double score(int query, int key) const {
-    double sum = 0;
+    double sum = bias_of(query, key);
     for (int d = 0; d < c.head_dim; d++) sum += double(q.at(query, d)) * k.at(key, d);
     return sum;
   }
@@ -92,7 +114,9 @@ struct Head {
     double magnitude = 0;
     for (int d = 0; d < c.head_dim && c.scores != Scores::kExact; d++)
       magnitude += std::abs(double(q.at(query, d)) * k.at(key, d));
-    return c.head_dim * kUlp * magnitude;
+    const double bias = std::abs(double(bias_of(query, key)));  // and one rounding of the sum with it
+    return (c.head_dim + 1) * kUlp * magnitude +
+           (c.bias == Bias::kDistance || c.bias == Bias::kMatrix) * kUlp * (bias + std::abs(score(query, key)));
   }
 };
 
@@ -105,6 +129,7 @@ std::vector<Approx> attention_of(const Head& h, int query) {
   double most = -std::numeric_limits<double>::infinity(), e = 0, total = 0, lost = 0, widest = 0;
   for (int j = 0; j < n; j++) {
     s.push_back(h.score(query, j));
+    if (!h.attended(query, j)) continue;
     most = std::max(most, s[j]);
     e = std::max(e, h.score_error(query, j));
   }
@@ -112,7 +137,7 @@ std::vector<Approx> attention_of(const Head& h, int query) {
     const double below = std::min(most - s[j], 90.0);  // where it is no more than the least
     off.push_back(std::expm1(std::min(2 * e + (8 + 4 * below) * kUlp, 700.0)));
     widest = std::max(widest, off[j]);
-    s[j] = std::exp(s[j] - most);
+    s[j] = h.attended(query, j) ? std::exp(s[j] - most) : 0;
     total += s[j];
   }
   for (int j = 0; j < n; j++) lost += off[j] * s[j] / total;
@@ -135,7 +160,8 @@ std::vector<Approx> attention_of(const Head& h, int query) {
 void check_hull(const Head& h, int query) {
   for (int d = 0; d < h.c.head_dim; d++) {
     float low = kInfinity, high = -kInfinity;
-    for (int j = 0; j < h.seen(query); j++) low = std::min(low, h.v.at(j, d)), high = std::max(high, h.v.at(j, d));
+    for (int j = 0; j < h.seen(query); j++)
+      if (h.attended(query, j)) low = std::min(low, h.v.at(j, d)), high = std::max(high, h.v.at(j, d));
     const float slack = 1e-4f * std::max(std::fabs(low), std::fabs(high)), got = h.y.at(query, d);
     EXPECT(got >= low - slack && got <= high + slack, "y[%d, %d] is %.9g, the values are %.9g to %.9g", query, d,
            double(got), double(low), double(high));
@@ -143,12 +169,15 @@ void check_hull(const Head& h, int query) {
 }
 
 HeadCase draw(Random& random, Deck& dims, Deck& keys) {
+  const Bias bias = Bias(random.pick({0, 0, 1, 2, 2, 3}));
   return {.head_dim = dims.deal(random),
           .keys = keys.deal(random),
-          .causal = random.one_in(2),
+          .causal = bias != Bias::kWindow && random.one_in(2),
           .scores = Scores(random.pick({0, 0, 0, 1, 2, 3, 4})),
           .gap = random.pick({0, 16, 48, 200}),
-          .more_keys = random.pick({0, 0, 1, 3})};
+          .more_keys = random.pick({0, 0, 1, 3}),
+          .bias = bias,
+          .reach = random.pick({1, 2, 7, 15, 16, 17, 40})};
 }
 
 }  // namespace
@@ -175,6 +204,38 @@ std::string test_heads(const Options& options) {
     }
   }
   return text("%d heads packed", cases);
+}
+
+// Bit for bit what two multiplications and a sum give.
+std::string test_rotations(const Options& options) {
+  Random random = {options.seed ^ 0x726f7461};
+  const int cases = options.is_long ? 1000 : 100;
+  for (int n = 0; n < cases; n++) {
+    const int heads = random.between(1, 5), head_dim = 32 * random.between(1, 3), half = head_dim / 2;
+    set_case(text("%d heads of %d", heads, head_dim));
+    const FloatRows x(1, heads * head_dim), angles(1, head_dim);
+    for (int i = 0; i < heads * head_dim; i++) x.at(0, i) = random.normal();
+    for (int i = 0; i < half; i++) {
+      const double angle = 10 * random.normal();
+      angles.at(0, i) = float(std::cos(angle)), angles.at(0, half + i) = float(std::sin(angle));
+    }
+    const std::vector<float> before = x.values(0);
+    std::vector<float> expected(before.size());
+    for (int h = 0; h < heads; h++)
+      for (int i = 0; i < half; i++) {
+        const float a = before[h * head_dim + i], b = before[h * head_dim + half + i];
+        const float cosine = angles.at(0, i), sine = angles.at(0, half + i);
+        const float ac = a * cosine, bs = b * sine, bc = b * cosine, as = a * sine;
+        expected[h * head_dim + i] = ac - bs, expected[h * head_dim + half + i] = bc + as;
+      }
+    for (const Kernels* k : running_here()) {
+      std::copy(before.begin(), before.end(), x.data());
+      k->encoder->rotate({.x = x.data(), .heads = heads, .head_dim = head_dim, .angles = angles.data()});
+      check_bits(x.data(), expected.data(), heads * head_dim, k->name);
+      x.check_gaps(k->name);
+    }
+  }
+  return text("%d tokens, bit for bit", cases);
 }
 
 std::string test_attention(const Options& options) {
@@ -234,7 +295,8 @@ std::string test_attention(const Options& options) {
       for (int t = 0; t < c.keys; t++) {
         if (c.causal && t + kMaxQueryTile <= poisoned)  // queries of one tile may see 0 times its value
           check_bits(h.y.row(t), whole[t].data(), c.head_dim, "a query before a key that is NaN");
-        for (int d = 0; h.seen(t) > poisoned && d < c.head_dim; d++)
+        // Of a window: a key within reach of one of its tile is read, and counts 0.
+        for (int d = 0; h.attended(t, poisoned) && d < c.head_dim; d++)
           EXPECT(!std::isfinite(h.y.at(t, d)), "y of query %d is %g, and key %d is NaN", t, double(h.y.at(t, d)),
                  poisoned);
       }

@@ -17,7 +17,9 @@ struct Opened {
   ~Opened() { lookupffn_close(model); }
 };
 
-lookupffn_batch c_batch(const Batch& b) { return {b.texts, b.lengths, b.ids, b.positions, b.types}; }
+lookupffn_batch c_batch(const Batch& b) {
+  return {b.texts, b.lengths, b.ids, b.positions, b.types, b.offsets, b.places, b.place};
+}
 
 // A model with everything that a batch can get wrong.
 Model strict_model(Random& random) {
@@ -85,7 +87,8 @@ std::string test_calls(const Options& options) {
     size_t needed = 0;
     const char* wrong = lookupffn_workspace(opened.model, &batch, threads, &needed);
     EXPECT(!wrong && needed > 0, "workspace: %s", wrong);
-    const Guarded hidden(4 * size_t(texts.tokens()) * c.width), pooled(4 * texts.lengths.size() * e.pooled_size());
+    const size_t answers = c.pooling == Pooling::kTokens ? texts.places.size() : texts.lengths.size();
+    const Guarded hidden(4 * size_t(texts.tokens()) * c.width), pooled(4 * answers * e.pooled_size());
     float* const rows = reinterpret_cast<float*>(hidden.data());
     float* const vectors = reinterpret_cast<float*>(pooled.data());
     lookupffn_pool* const pool = threads > 1 ? lookupffn_pool_new(threads) : nullptr;

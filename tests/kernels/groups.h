@@ -15,8 +15,9 @@ struct Group {
   Test* run;
 };
 
-Test test_hash, test_layers, test_batches, test_refusals, test_damage, test_linear;                    // kernel_tests
-Test test_activations, test_linears, test_norms, test_sums, test_pooling, test_heads, test_attention;  // encoder_tests
+Test test_hash, test_layers, test_batches, test_refusals, test_damage, test_linear;  // kernel_tests
+Test test_activations, test_linears, test_norms, test_sums, test_table_rows, test_pooling, test_heads, test_rotations,
+    test_attention;  // encoder_tests
 Test test_records, test_models, test_model_damage, test_calls;
 
 inline int run_groups(int arguments, char** argument, std::initializer_list<Group> groups) {

@@ -8,15 +8,15 @@ struct LinearCase {
   WeightType type;
   Activation activation;
   int in, out, tokens;
-  bool residual, in_place;  // in place: y is the residual
+  bool residual, in_place;  // in place: y is the residual, or else the gate
+  bool gate;
   int x_gap, y_gap;
 
   std::string name() const {
-    return text("%s, %d to %d, %d tokens, gaps of %d and %d, %s%s", type == WeightType::kInt8 ? "int8" : "float32", in,
-                out, tokens, x_gap, y_gap, name_of(activation),
-                !residual  ? ""
-                : in_place ? ", y being the residual"
-                           : ", with a residual");
+    const char* types[] = {"float32", "int16", "int8", "bfloat16"};
+    return text("%s, %d to %d, %d tokens, gaps of %d and %d, %s%s%s%s", types[int(type)], in, out, tokens, x_gap, y_gap,
+                name_of(activation), residual ? ", with a residual" : "", gate ? ", gated" : "",
+                in_place ? ", in place" : "");
   }
 };
 
@@ -26,9 +26,9 @@ struct LinearLayer {
   Numbers<uint8_t> words;
   Numbers<float> scales, bias;
   Numbers<int32_t> offsets;
-  FloatRows x, residual, y;
+  FloatRows x, residual, gate, y;
   std::vector<double> weights;  // [out][in], integers for int8
-  std::vector<float> before;    // the residual
+  std::vector<float> before;    // the residual, or without one the gate
 
   LinearLayer(const LinearCase& c, Random& random)
       : c(c),
@@ -38,6 +38,7 @@ struct LinearLayer {
         offsets(scales.count),
         x(c.tokens, c.in, c.x_gap),
         residual(c.residual && !c.in_place ? c.tokens : 0, c.out, c.y_gap),
+        gate(c.gate && (c.residual || !c.in_place) ? c.tokens : 0, c.out, c.y_gap),
         y(c.tokens, c.out, c.y_gap),
         weights(size_t(c.in) * c.out) {
     PackedHeader layout = {};
@@ -52,19 +53,26 @@ struct LinearLayer {
           const int value = random.one_in(16) ? (random.one_in(2) ? -127 : 127) : random.between(-127, 127);
           words[at] = uint8_t(int8_t(value)), w = value, sum += value;
         } else {
-          const float value = deviation * random.normal();
-          memcpy(words.at() + 4 * at, &value, 4), w = value;
+          const float value = deviation * random.normal(), rounded = float_of(bits_of(value) & 0xffff0000);
+          const bool half = c.type == WeightType::kBFloat16;
+          const uint16_t upper = uint16_t(bits_of(value) >> 16);
+          half ? memcpy(words.at() + 2 * at, &upper, 2) : memcpy(words.at() + 4 * at, &value, 4);
+          w = half ? rounded : value;
         }
       }
       if (scales.count) scales[o] = deviation / 70 * (0.5f + random.uniform()), offsets[o] = -128 * sum;
       bias[o] = random.normal();
     }
     for (int t = 0; t < c.tokens; t++) make_row(t, random);
-    const FloatRows& r = c.in_place ? y : residual;
-    for (int t = 0; t < c.tokens && c.residual; t++)
-      for (int o = 0; o < c.out; o++) r.at(t, o) = random.normal();
-    before = r.all();
+    for (int t = 0; t < c.tokens; t++)
+      for (int o = 0; o < c.out; o++) {
+        if (c.residual) residuals().at(t, o) = random.normal();
+        if (c.gate) gates().at(t, o) = random.normal();
+      }
+    before = y.all();
   }
+  const FloatRows& residuals() const { return c.in_place ? y : residual; }
+  const FloatRows& gates() const { return c.in_place && !c.residual ? y : gate; }
 
   // Zeros, one giant or a few among small inputs, equal magnitudes, inputs that are all in one of the 16 lanes.
   void make_row(int t, Random& random) {
@@ -82,17 +90,18 @@ struct LinearLayer {
     for (int n = 0; n < giants; n++) x.at(t, random.below(c.in)) = scale * random.pick({3.0f, 40.0f, -1e4f, 1e9f});
   }
 
-  double residual_of(int t, int o) const {
-    const size_t at = 16 + size_t(t) * y.stride + o;  // behind the margin
-    return c.residual ? before[at] : 0;
+  double residual_of(int t, int o) const { return !c.residual ? 0 : c.in_place ? of_before(t, o) : residual.at(t, o); }
+  float gate_of(int t, int o) const {
+    return !c.gate ? 1 : c.in_place && !c.residual ? of_before(t, o) : gate.at(t, o);
   }
+  float of_before(int t, int o) const { return before[16 + size_t(t) * y.stride + o]; }  // behind the margin
 
   // Tokens [first, first + count), with scratch of just the size that the contract says; returns the integers of x.
   std::vector<uint8_t> run(const Kernels& k, int first, int count) const {
     const Numbers<uint8_t> quantised(c.type == WeightType::kInt8 ? size_t(count) * c.in * k.activation_planes : 0);
     const Numbers<float> sums(size_t(count) * 64);
     memset(sums.data(), 0xff, sums.size());
-    const FloatRows& r = c.in_place ? y : residual;
+    const FloatRows &r = residuals(), &g = gates();
     FloatMode mode(kFlushing);
     k.encoder->linear({.type = c.type,
                        .w = {.words = words.at(),
@@ -108,6 +117,8 @@ struct LinearLayer {
                        .tokens = count,
                        .residual = c.residual ? r.row(first) : nullptr,
                        .residual_stride = r.stride,
+                       .gate = c.gate ? g.row(first) : nullptr,
+                       .gate_stride = g.stride,
                        .y = y.row(first),
                        .y_stride = y.stride,
                        .quantised = quantised.at(),
@@ -115,7 +126,7 @@ struct LinearLayer {
     return {quantised.data(), quantised.data() + quantised.size()};
   }
   void restore() const {
-    if (c.residual && c.in_place) y.set_all(before);
+    if (c.in_place) y.set_all(before);
   }
 };
 
@@ -167,6 +178,8 @@ double check_linear(LinearLayer& l, Random& random) {
     for (int o = 0; o < c.out; o++) {
       int64_t sum = 0;
       Approx v = activate(c.activation, integer ? product_i8(l, quantised[t], t, o, &sum) : product_f32(l, t, o));
+      const double gate = l.gate_of(t, o);
+      v.value *= gate, v.error = v.error * std::abs(gate) + kUlp * std::abs(v.value) + kTiny;
       v.value += l.residual_of(t, o);
       v.error += kUlp * std::abs(v.value);
       expected[t].push_back(v);
@@ -175,7 +188,8 @@ double check_linear(LinearLayer& l, Random& random) {
       y = y * quantised[t].scale;
       y = y + l.bias[o];
       if (c.activation == Activation::kRelu && !(y > 0)) y = 0;
-      exact[t].push_back(y + float(l.residual_of(t, o)));
+      if (c.gate) y = y * l.gate_of(t, o);
+      exact[t].push_back(c.residual ? y + float(l.residual_of(t, o)) : y);
     }
   }
   double most = 0;
@@ -297,16 +311,18 @@ std::string test_linears(const Options& options) {
   const int cases = options.is_long ? 2000 : 88;
   double most = 0;
   for (int n = 0; n < cases; n++) {
-    LinearCase c = {.type = n % 2 ? WeightType::kInt8 : WeightType::kFloat32,
+    const WeightType types[] = {WeightType::kInt8, WeightType::kFloat32, WeightType::kInt8, WeightType::kBFloat16};
+    LinearCase c = {.type = types[n % 4],
                     .activation = kActivations[kinds.deal(random)],
                     .in = ins.deal(random),
                     .out = outs.deal(random),
                     .tokens = tokens.deal(random),
                     .residual = random.one_in(2),
                     .in_place = random.one_in(2),
+                    .gate = random.one_in(3),
                     .x_gap = random.pick({0, 0, 16, 64, 3}),
                     .y_gap = random.pick({0, 0, 16, 64, 3})};
-    if (!c.residual) c.in_place = false;
+    if (!c.residual && !c.gate) c.in_place = false;
     set_case(c.name());
     LinearLayer layer(c, random);
     most = std::max(most, check_linear(layer, random));

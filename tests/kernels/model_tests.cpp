@@ -59,6 +59,11 @@ class Refusals {
     memcpy(&h, sound_.data(), sizeof h);
     const bool features = value > 64 && value <= 128;  // all records here are padded to 128
     if (h.kind == RecordKind::kLinear) return i < 2 ? features : i == 5 && value >= 0 && value < 6;
+    if (h.kind == RecordKind::kBranches)
+      return i == 0 ? value == 0 || value == 1 : value >= 0 && value <= 16;  // of one that has both
+    if (h.kind == RecordKind::kTokenRows && i >= 4) return value >= 0 && value <= 8;
+    if (h.kind == RecordKind::kTokenRows && TableType(h.size[3]) == TableType::kInt4)
+      return i == 1 && value > 0 && value <= 128;
     if (h.kind == RecordKind::kNorm)
       return i == 0 ? features
                     : (i == 2 && value == 1) ||
@@ -122,6 +127,22 @@ std::string test_records(const Options& options) {
   check("an embedding", opened<Embedding, open_embedding>, embedding_record(7, 100, random), 3, [](Refusals* r) {
     for (int32_t rows : {6, 8, 7 + (1 << 23), 7 + (1 << 24), 7 + (1 << 30)}) r->expect_at("rows", 24, rows);
   });
+  for (TableType type : {TableType::kFloat32, TableType::kInt8, TableType::kInt4}) {
+    const int padded = 128, rows = 5;
+    std::vector<Vector> sections = {Vector(size_t(rows) * padded * bits_of(type) / 8, 1)};
+    if (is_integer(type)) sections.push_back(random_floats(1, rows, rows, 1, 0, random));
+    const Vector record = record_of(RecordKind::kTokenRows, {rows, 100, padded, int32_t(type), 2, 1}, sections);
+    check("rows by ids", opened<TokenRows, open_token_rows>, record, 6, [&](Refusals* r) {
+      for (int32_t value : {4, 6, rows + 64, 1 << 28}) r->expect_at("rows", 24, value);
+      for (int32_t value : {-1, 1, 4, int32_t(type) ^ 1}) r->expect_at("a table type", 24 + 12, value);
+      for (int i : {4, 5})
+        for (int32_t value : {-1, 9, kMost}) r->expect_at("neighbours", 24 + 4 * size_t(i), value);
+    });
+  }
+  check("branches", opened<Branches, open_branches>, record_of(RecordKind::kBranches, {1, 3}, {}), 2, [&](Refusals* r) {
+    for (int32_t value : {-1, 2, kMost}) r->expect_at("a low rank", 24, value);
+    for (int32_t value : {-1, 17, kMost}) r->expect_at("tables of rows", 28, value);
+  });
   return text("%d damaged records refused", refused);
 }
 
@@ -134,9 +155,11 @@ std::string test_models(const Options& options) {
     const bool alike = n % 3 == 0;
     const Model model = random_model(random, alike);
     const EncoderConfig& c = model.config;
-    const std::string name =
-        text("model %d: width %d, %d layers, %d heads of %d, %d positions from %d on, pooling %d, %d linears behind", n,
-             c.width, c.layers, c.heads, c.head_dim, c.max_positions, c.first_position, int(c.pooling), c.head);
+    const std::string name = text(
+        "model %d: width %d, %d layers, %d heads of %d, %d positions from %d on, pooling %d, %d linears behind, "
+        "head norm %d, bare start %d, gated %d, rotary %d, relative %d, window %d, every %d global",
+        n, c.width, c.layers, c.heads, c.head_dim, c.max_positions, c.first_position, int(c.pooling), c.head,
+        c.head_norm, c.bare_start, c.gated, c.rotary, c.relative, c.window, c.global_every);
     set_case(name);
     const GuardedBytes guarded(model.bytes);
     Encoder e;
@@ -152,16 +175,21 @@ std::string test_models(const Options& options) {
       for (float v : whole.pooled) EXPECT(std::isfinite(v), "a pooled number is %g", double(v));
       for (int threads : {2, 5}) {
         const Results same = run_model(*k, e, texts, threads);
-        EXPECT(same.hidden == whole.hidden && same.pooled == whole.pooled, "%d threads give other bits", threads);
+        EXPECT(same.hidden == whole.hidden, "%d threads give hidden states of other bits", threads);
+        EXPECT(same.pooled == whole.pooled, "%d threads give pooled vectors of other bits", threads);
       }
-      size_t token = 0;
+      size_t token = 0, place = 0;
+      const bool of_tokens = c.pooling == Pooling::kTokens;
       for (size_t i = 0; i < texts.lengths.size(); token += size_t(texts.lengths[i++])) {
+        const Texts one = texts.one(i);
+        const size_t answer = of_tokens ? place : i;
+        place += one.places.size();
         if (i > 3 && i + 3 < texts.lengths.size()) continue;
-        const Results alone = run_model(*k, e, texts.one(i), 1 + random.below(3));
+        const Results alone = run_model(*k, e, one, 1 + random.below(3));
         EXPECT(!memcmp(alone.hidden.data(), &whole.hidden[token * c.width], 4 * alone.hidden.size()),
                "text %zu by itself has other hidden states", i);
         EXPECT(alone.pooled.empty() ||
-                   !memcmp(alone.pooled.data(), &whole.pooled[i * alone.pooled.size()], 4 * alone.pooled.size()),
+                   !memcmp(alone.pooled.data(), &whole.pooled[answer * e.pooled_size()], 4 * alone.pooled.size()),
                "text %zu by itself is pooled to another vector", i);
       }
       if (scalar.hidden.empty()) scalar = whole;

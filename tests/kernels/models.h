@@ -48,6 +48,8 @@ inline Vector linear_record(int in, int out, WeightType type, Activation activat
       const float value = deviation * random.normal();
       if (type == WeightType::kInt8)
         words[at] = uint8_t(int8_t(whole)), sum += whole;
+      else if (type == WeightType::kBFloat16)
+        memcpy(&words[2 * at], reinterpret_cast<const char*>(&value) + 2, 2);
       else
         memcpy(&words[4 * at], &value, 4);
     }
@@ -99,6 +101,29 @@ inline Vector lookup_record(int width, Random& random) {
   return Vector(packed.bytes->data(), packed.bytes->data() + packed.bytes->size());
 }
 
+// What may stand behind a lookup: a low rank, rows by ids.
+inline std::vector<Vector> branch_records(int width, int vocab_size, WeightType type, Random& random) {
+  const int rank = random.below(2), tables = random.between(1 - rank, 2);
+  std::vector<Vector> records = {record_of(RecordKind::kBranches, {rank, tables}, {})};
+  if (rank) {
+    const int between = random.pick({1, 64, 70});
+    records.push_back(linear_record(width, between, type, Activation::kNone, random));
+    records.push_back(linear_record(between, width, type, Activation::kNone, random));
+  }
+  for (int i = 0; i < tables; i++) {
+    const TableType of_rows = random.pick({TableType::kFloat32, TableType::kInt8, TableType::kInt4});
+    const int padded = int(round_up(width, of_rows == TableType::kInt4 ? 128 : 64));
+    const int rows = random.pick({1, 7, vocab_size});
+    Vector data(size_t(rows) * padded * bits_of(of_rows) / 8, 0);
+    for (size_t at = 0; at < data.size() && is_integer(of_rows); at++) data[at] = uint8_t(random.below(256));
+    std::vector<Vector> sections = {data};
+    if (is_integer(of_rows)) sections.push_back(random_floats(1, size_t(rows), size_t(rows), 0.01f, 0, random));
+    records.push_back(record_of(RecordKind::kTokenRows,
+                                {rows, width, padded, int32_t(of_rows), random.below(3), random.below(3)}, sections));
+  }
+  return records;
+}
+
 struct Place { uint64_t begin, bytes; };
 
 struct Model {
@@ -136,13 +161,27 @@ inline Model random_model(Random& random, bool alike = false) {
   c.type_vocab_size = random.pick({0, 1, 2});
   c.pre_norm = random.below(2), c.embedding_norm = random.below(2), c.final_norm = random.below(2);
   c.causal = random.below(2), c.normalise = random.below(2);
-  c.pooling = Pooling(random.below(3));
+  c.pooling = Pooling(random.below(4));
   c.first_position = random.one_in(2) ? 0 : random.below(c.max_positions);
   c.head = c.pooling == Pooling::kNone ? 0 : random.below(3);
-  const WeightType type = alike || random.one_in(3) ? WeightType::kFloat32 : WeightType::kInt8;
+  if (c.pooling == Pooling::kTokens) c.head = random.between(1, 2), c.normalise = 0;
+  c.head_norm = c.head ? random.below(2) : 0;
+  c.bare_start = c.pre_norm ? random.below(2) : 0;
+  c.gated = random.below(2), c.relative = random.one_in(3);
+  c.rotary = random.one_in(3);
+  if (c.rotary) c.head_dim = 32;
+  if (!c.relative && !c.causal && random.one_in(2)) {
+    c.window = random.between(1, std::min(12, c.max_positions));
+    c.global_every = random.between(1, 3);
+  }
+  const WeightType floats = random.one_in(2) ? WeightType::kFloat32 : WeightType::kBFloat16;
+  const WeightType type = alike || random.one_in(3) ? floats : WeightType::kInt8;
   const bool rms = random.one_in(3);
-  std::vector<Vector> records = {embedding_record(c.vocab_size, c.width, random),
-                                 embedding_record(c.max_positions, c.width, random)};
+  std::vector<Vector> records = {embedding_record(c.vocab_size, c.width, random)};
+  if (!c.rotary) records.push_back(embedding_record(c.max_positions, c.width, random));
+  for (int i = 0; i < (c.rotary ? c.window ? 2 : 1 : 0); i++)
+    records.push_back(embedding_record(c.max_positions, c.head_dim, random));
+  if (c.relative) records.push_back(embedding_record(c.heads, 2 * c.max_positions + 14, random));
   const auto norm = [&] { records.push_back(norm_record(c.width, rms, 1e-6f, random)); };
   const auto linear = [&](int in, int out) {
     records.push_back(linear_record(in, out, type, Activation(random.below(6)), random));
@@ -150,15 +189,18 @@ inline Model random_model(Random& random, bool alike = false) {
   if (c.type_vocab_size) records.push_back(embedding_record(c.type_vocab_size, c.width, random));
   if (c.embedding_norm) norm();
   for (int i = 0; i < c.layers; i++) {
-    norm();
+    if (i || !c.bare_start) norm();
     records.push_back(linear_record(c.width, 3 * c.attention_width(), type, Activation::kNone, random));
     records.push_back(linear_record(c.attention_width(), c.width, type, Activation::kNone, random));
     norm();
     if (!alike && random.one_in(2)) {
       records.push_back(lookup_record(c.width, random));
+      if (random.one_in(2))
+        for (const Vector& record : branch_records(c.width, c.vocab_size, type, random)) records.push_back(record);
     } else {
       const int middle = random.pick({1, 64, 200});
       linear(c.width, middle);
+      if (c.gated) linear(c.width, middle);
       linear(middle, c.width);
     }
   }
@@ -168,6 +210,7 @@ inline Model random_model(Random& random, bool alike = false) {
     const int out = random.pick({1, 3, 70});
     linear(in, out);
     in = out;
+    if (i == 0 && c.head_norm) records.push_back(norm_record(out, rms, 1e-6f, random));
   }
   return model_of(c, records);
 }
@@ -190,8 +233,9 @@ struct GuardedBytes : Guarded {
 };
 
 struct Texts {
-  std::vector<int32_t> lengths, ids, positions, types;
-  bool has_positions, has_types;
+  std::vector<int32_t> lengths, ids, positions, types, offsets;
+  bool has_positions, has_types, has_offsets;
+  std::vector<int64_t> places;
 
   int64_t tokens() const { return int64_t(ids.size()); }
   Texts one(size_t text) const {
@@ -201,19 +245,27 @@ struct Texts {
     const auto part = [&](const std::vector<int32_t>& v) {
       return std::vector<int32_t>(v.begin() + first, v.begin() + last);
     };
-    return {{lengths[text]}, part(ids), part(positions), part(types), has_positions, has_types};
+    Texts found = {{lengths[text]}, part(ids), part(positions), part(types), part(offsets),
+                   has_positions,   has_types, has_offsets,     {}};
+    for (int64_t place : places)
+      if (place >= int64_t(first) && place < int64_t(last)) found.places.push_back(place - int64_t(first));
+    return found;
   }
 };
 
 inline Texts random_texts(const EncoderConfig& c, int count, Random& random) {
   Texts t;
   t.has_positions = random.one_in(3), t.has_types = random.one_in(2);
-  const int longest = c.max_positions - c.first_position + (t.has_positions ? 5 : 0);
+  t.has_offsets = random.one_in(3);
+  const bool near = (c.relative || c.window) && !t.has_offsets;  // texts no longer than distances go
+  const int longest = c.max_positions - (t.has_positions ? 0 : c.first_position) + (t.has_positions && !near ? 5 : 0);
   for (int i = 0; i < count; i++) {
     t.lengths.push_back(random.one_in(3) ? random.between(1, longest) : std::min(longest, random.between(1, 9)));
     for (int j = 0; j < t.lengths[i]; j++) {
       t.ids.push_back(random.below(c.vocab_size));
       t.positions.push_back(random.below(c.max_positions));
+      t.offsets.push_back(random.below(c.max_positions));
+      if (random.one_in(3)) t.places.push_back(t.tokens() - 1);
       t.types.push_back(c.type_vocab_size ? random.below(c.type_vocab_size) : random.between(-9, 9));
     }
   }
@@ -222,22 +274,31 @@ inline Texts random_texts(const EncoderConfig& c, int count, Random& random) {
 
 // A batch whose arrays end at guard pages.
 struct GuardedBatch {
-  Guarded lengths, ids, positions, types;
+  Guarded lengths, ids, positions, types, offsets, places;
   Batch batch;
 
   explicit GuardedBatch(const Texts& t)
-      : lengths(4 * t.lengths.size()), ids(4 * t.ids.size()), positions(ids.size()), types(ids.size()) {
-    const auto copy = [](const Guarded& to, const std::vector<int32_t>& from) {
-      if (!from.empty()) memcpy(to.data(), from.data(), 4 * from.size());
-      return reinterpret_cast<const int32_t*>(to.data());
+      : lengths(4 * t.lengths.size()),
+        ids(4 * t.ids.size()),
+        positions(ids.size()),
+        types(ids.size()),
+        offsets(ids.size()),
+        places(8 * t.places.size()) {
+    const auto copy = [](const Guarded& to, const auto& from) {
+      if (!from.empty()) memcpy(to.data(), from.data(), sizeof from[0] * from.size());
+      return reinterpret_cast<decltype(from.data())>(to.data());
     };
     batch = {.texts = int64_t(t.lengths.size()),
              .lengths = copy(lengths, t.lengths),
              .ids = copy(ids, t.ids),
              .positions = copy(positions, t.positions),
-             .types = copy(types, t.types)};
+             .types = copy(types, t.types),
+             .offsets = copy(offsets, t.offsets),
+             .places = int64_t(t.places.size()),
+             .place = copy(places, t.places)};
     if (!t.has_positions) batch.positions = nullptr;
     if (!t.has_types) batch.types = nullptr;
+    if (!t.has_offsets) batch.offsets = nullptr;
   }
 };
 
@@ -254,7 +315,8 @@ inline Results run_model(const Kernels& k, const Encoder& e, const Texts& texts,
   memset(workspace.data(), 0xff, workspace.size());  // NaN
   const size_t width = size_t(e.config.width), size = size_t(e.pooled_size());
   const bool pools = e.config.pooling != Pooling::kNone;
-  const Guarded hidden(4 * size_t(tokens) * width), pooled(pools ? 4 * texts.lengths.size() * size : 0);
+  const size_t answers = e.config.pooling == Pooling::kTokens ? texts.places.size() : texts.lengths.size();
+  const Guarded hidden(4 * size_t(tokens) * width), pooled(pools ? 4 * answers * size : 0);
   float* const rows = reinterpret_cast<float*>(hidden.data());
   float* const vectors = reinterpret_cast<float*>(pooled.data());
   run_encoder({&k, nullptr, k.encoder}, e, plan, b.batch, {rows, pools ? vectors : nullptr}, workspace.data(),

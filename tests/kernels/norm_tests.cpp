@@ -155,6 +155,48 @@ std::string test_sums(const Options& options) {
   return text("%d sums of up to 4 rows, bit for bit", cases);
 }
 
+// Rows by ids. Scale times integer and the sum with y may be one rounding or two.
+std::string test_table_rows(const Options& options) {
+  Random random = {options.seed ^ 0x726f7773};
+  const int cases = options.is_long ? 2000 : 200;
+  for (int n = 0; n < cases; n++) {
+    const TableType type = random.pick({TableType::kFloat32, TableType::kInt8, TableType::kInt4});
+    const int padded = 64 * random.between(1, 9);
+    const float scale = type == TableType::kFloat32 ? 1 : random.pick({1.0f, 0.01f, 3e-5f});
+    set_case(text("type %d, %d outputs, scale %g", int(type), padded, double(scale)));
+    const Numbers<uint8_t> row(type == TableType::kInt4 ? round_up(padded, 128) / 2
+                                                        : size_t(padded) * bits_of(type) / 8);
+    const FloatRows y(1, padded);
+    std::vector<Approx> expected;
+    std::vector<double> values;
+    for (int i = 0; i < padded; i++) {
+      const int most = type == TableType::kInt4 ? 7 : 127, value = random.between(-most, most);
+      // Byte k of word l of a line is its output 16 k + l; of int4 the low halves are 64 outputs, the high ones the
+      // next.
+      const int line = i / (type == TableType::kInt4 ? 128 : 64), output = i % 64, high = i / 64 % 2;
+      const size_t at = size_t(line) * 64 + size_t(output % 16) * 4 + size_t(output / 16);
+      const float number = random.normal();
+      if (type == TableType::kFloat32) memcpy(row.at() + 4 * i, &number, 4);
+      if (type == TableType::kInt8) row[at] = uint8_t(int8_t(value));
+      if (type == TableType::kInt4)
+        row[at] = uint8_t(high ? (row[at] & 15) | (value << 4) : (row[at] & 240) | (value & 15));
+      values.push_back(type == TableType::kFloat32 ? number : double(value) * scale);
+    }
+    const FloatRows start(1, padded);
+    for (int i = 0; i < padded; i++) start.at(0, i) = random.normal();
+    for (const Kernels* k : running_here()) {
+      memcpy(y.data(), start.data(), 4 * size_t(padded));
+      k->encoder->add_table_row({.type = type, .row = row.at(), .scale = scale, .padded = padded, .y = y.data()});
+      y.check_gaps(k->name);
+      for (int i = 0; i < padded; i++) {
+        const double sum = start.at(0, i) + values[i];
+        check_within(y.at(0, i), {sum, kUlp * (std::abs(sum) + std::abs(values[i])) + kTiny}, k->name, 0, i);
+      }
+    }
+  }
+  return text("%d rows of three types", cases);
+}
+
 // A mean of n rows is off by n kUlp of its magnitudes. Its length by half of that of the sum of squares, with the
 // mean's own error in each of them, and divided by it y by both.
 std::string test_pooling(const Options& options) {
