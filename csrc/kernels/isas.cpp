@@ -63,9 +63,9 @@ int find(const std::string& name) {
     known += (i ? ", " : "") + std::string(all[i].name);
     if (runs) here += (here.empty() ? "" : ", ") + std::string(all[i].name);
   }
-  throw std::runtime_error((needs.empty() ? "there is no implementation '" + name + "'; this build has " + known
-                                          : "implementation '" + name + "' needs " + needs +
-                                                ", which this processor lacks") +
+  throw std::runtime_error((needs.empty()
+                                ? "there is no implementation '" + name + "'; this build has " + known
+                                : "implementation '" + name + "' needs " + needs + ", which this processor lacks") +
                            "; here run " + here);
 }
 

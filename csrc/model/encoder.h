@@ -69,13 +69,13 @@ std::string model_of_file(Bytes file, Bytes* model);
 // Texts one after another, without padding.
 struct Batch {
   int64_t texts;
-  const int32_t* lengths;    // [texts], each at least 1
-  const int32_t* ids;        // [tokens]
-  const int32_t* positions;  // [tokens], or null: 0, 1, ... from config.first_position on
-  const int32_t* types;      // [tokens], or null: 0
-  const int32_t* offsets = nullptr;    // [tokens] between which distances are taken, or null: 0, 1, ... in each text
-  int64_t places = 0;            // tokens that the head answers for, with Pooling::kTokens
-  const int64_t* place = nullptr;      // [places], in rising order
+  const int32_t* lengths;            // [texts], each at least 1
+  const int32_t* ids;                // [tokens]
+  const int32_t* positions;          // [tokens], or null: 0, 1, ... from config.first_position on
+  const int32_t* types;              // [tokens], or null: 0
+  const int32_t* offsets = nullptr;  // [tokens] between which distances are taken, or null: 0, 1, ... in each text
+  int64_t places = 0;                // tokens that the head answers for, with Pooling::kTokens
+  const int64_t* place = nullptr;    // [places], in rising order
 };
 
 struct Outputs {
