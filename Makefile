@@ -13,7 +13,7 @@ test: check
 	@build/kernels/kernel_tests
 	@build/kernels/encoder_tests
 	@build/kernels/probe_tests
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 # The long run: slow tests too, ten thousand random layers, and the kernels under sanitizers and on emulated processors.
 test-all: check
