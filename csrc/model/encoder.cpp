@@ -223,6 +223,8 @@ std::string check_batch(const Encoder& e, const Batch& b, int64_t* tokens) {
   *tokens = 0;
   if (b.texts < 0) return field("texts", b.texts);
   if (b.places < 0) return field("places", b.places);
+  if (b.texts && (!b.lengths || !b.ids)) return "lengths or ids are missing";
+  if (b.places && !b.place) return field("places", b.places) + ", but there is no list of them";
   for (int64_t i = 0; i < b.texts; i++) {
     const int32_t length = b.lengths[i];
     if (length < 1) return "text " + std::to_string(i) + " has " + std::to_string(length) + " tokens";

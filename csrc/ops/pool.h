@@ -20,7 +20,12 @@ namespace lookupffn {
 class WorkerPool {
  public:
   explicit WorkerPool(int threads) : process_(process()) {
-    for (int i = 1; i < threads; i++) workers_.emplace_back([this] { work(); });
+    try {
+      for (int i = 1; i < threads; i++) workers_.emplace_back([this] { work(); });
+    } catch (...) {  // the system has no more threads: those that there are must not outlive what they wait for
+      end();
+      throw;
+    }
   }
 
   ~WorkerPool() {
@@ -28,12 +33,7 @@ class WorkerPool {
       for (std::thread& worker : workers_) worker.detach();
       return;
     }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      ended_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
+    end();
   }
 
   // As ThreadPool::run. Where the threads are busy with another call, or are those of a parent process, on this one.
@@ -59,6 +59,15 @@ class WorkerPool {
   }
 
  private:
+  void end() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ended_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
   static constexpr int kSpins = 2000;  // some 30 microseconds
 
   template <typename Done>

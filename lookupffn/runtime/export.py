@@ -69,6 +69,12 @@ def _parts(model: Any) -> tuple[Any, dict]:
         return model.model, {"tokenizer": model.tokenizer, "max_length": longest}
     if type(model).__name__ != "SentenceTransformer":
         return model, {}
+    if prompt := getattr(model, "default_prompt_name", None):
+        raise InputError(f"a SentenceTransformer with the default prompt {prompt!r} cannot be exported")
+    if dimension := getattr(model, "truncate_dim", None):
+        raise InputError(f"a SentenceTransformer with truncate_dim {dimension} cannot be exported: cut the vectors")
+    if not hasattr(model[0], "auto_model"):
+        raise InputError(f"a SentenceTransformer whose first module is a {type(model[0]).__name__} cannot be exported")
     found: dict[str, Any] = {"tokenizer": model.tokenizer, "max_length": model.max_seq_length}
     for module in list(model)[1:]:
         kind = type(module).__name__

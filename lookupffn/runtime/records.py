@@ -51,7 +51,7 @@ def _record(kind: str, sizes: list[int], sections: list[Tensor]) -> Tensor:
     """A header and sections, each from a multiple of 64 bytes on."""
     parts = []
     for section in sections:
-        data = section.detach().contiguous().flatten().view(torch.uint8)
+        data = section.detach().cpu().contiguous().flatten().view(torch.uint8)
         parts.append(F.pad(data, (0, -data.numel() % 64)))
     header = np.zeros((), RECORD)
     header["magic"], header["version"], header["kind"] = MAGIC, VERSION, KINDS[kind]
@@ -100,8 +100,10 @@ def embedding_record(values: Tensor) -> Tensor:
     return _record("embedding", [rows, width, padded], [_padded(flush(values), padded)])
 
 
-def token_rows_record(rows: TokenRows, tables: str) -> Tensor:
+def token_rows_record(rows: TokenRows, tables: str, vocab_size: int) -> Tensor:
     """Rows by ids as integers with a scale a row (of int4 that of the least squared error), or in float32."""
+    if rows.vocab_size != vocab_size:
+        raise InputError(f"rows by ids were made for {rows.vocab_size} ids, the model has {vocab_size}")
     count, width = rows.rows.shape
     dtype = tables if tables in LEVELS else "float32"
     padded = round_up(width, 2 * PADDING if dtype == "int4" else PADDING)
@@ -195,7 +197,7 @@ def _layer_records(graph: Graph, layer: Layer, linears: str, tables: str) -> Ite
         yield "reduce", linear_record(low_rank.reduce, linears)
         yield "expand", linear_record(low_rank.expand, linears)
     for i, rows in enumerate(token_rows):
-        yield f"token_rows.{i}", token_rows_record(rows, tables)
+        yield f"token_rows.{i}", token_rows_record(rows, tables, len(graph.words))
 
 
 def model_record(graph: Graph, records: dict[str, Tensor]) -> Tensor:
@@ -311,7 +313,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         version = str(metadata["version"])
         if version == str(VERSION):
             _check_words(metadata)
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, struct.error) as error:
         raise InputError(f"{path} is damaged or no packed model: {error}") from None
     if version != str(VERSION):
         remedy = "upgrade it" if version.isdecimal() and int(version) > VERSION else "export the model again"
@@ -324,5 +326,6 @@ def _check_words(metadata: dict[str, str]) -> None:
         raise ValueError(f"labels {metadata['labels']!r}")
     if metadata["position_rule"] not in POSITIONS:
         raise ValueError(f"position_rule {metadata['position_rule']!r}")
-    for name in ("pad_token_id", "max_length", "mask_token_id"):
-        int(metadata.get(name, 0))
+    for name in ("pad_token_id", "max_length"):
+        int(metadata[name])
+    int(metadata.get("mask_token_id", 0))

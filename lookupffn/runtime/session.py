@@ -104,6 +104,8 @@ class Session:
         self._described = _Description()
         self._lib.lookupffn_describe(self._model, c.byref(self._described))
         self._pool = self._lib.lookupffn_pool_new(threads) if threads > 1 else None
+        if threads > 1 and not self._pool:
+            raise InputError(f"the system gives no {threads} threads")
         self._local = threading.local()  # a workspace a thread, kept from call to call
         self._tokenizer: Any = None
         self._handle, self._width = register(self, path), self.hidden_size  # what compilers read: ctypes they cannot
@@ -215,10 +217,13 @@ class Session:
         ]
         place = None if places is None else np.ascontiguousarray(places[mask].nonzero()[0], np.int64)
         answers = len(ids) if place is None else len(place)
+        _check_range(ids[mask], "input_ids", d.vocab_size)
+        if types is not None and d.type_vocab_size:
+            _check_range(types[mask], "token_type_ids", d.type_vocab_size)
         batch = _Batch(
             len(ids),
             *(None if x is None else x.ctypes.data for x in arrays),
-            answers,
+            0 if place is None else len(place),
             None if place is None else place.ctypes.data,
         )
         count = int(lengths.sum())
@@ -253,9 +258,10 @@ class Session:
             path = self.folder / "tokenizer.json"
             if not path.is_file():
                 raise InputError(f"{self.folder} holds no tokenizer.json: export the model with its tokenizer")
-            self._tokenizer = Tokenizer.from_file(str(path))
-            self._tokenizer.no_padding()
-            self._tokenizer.enable_truncation(int(self.metadata["max_length"]))
+            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer.no_padding()
+            tokenizer.enable_truncation(int(self.metadata["max_length"]))
+            self._tokenizer = tokenizer  # whole, as another thread may be here
         return self._tokenizer
 
     def embed(self, texts: Sequence[str], *, progress: bool = False) -> np.ndarray:
@@ -362,9 +368,20 @@ def _array(x: Any) -> Any:
     return None if x is None else np.asarray(x)
 
 
+def _check_range(values: np.ndarray, name: str, size: int) -> None:
+    """Before they are narrowed to 32 bits, where a number too large would become another."""
+    if values.size and not (values.min() >= 0 and values.max() < size):
+        at = int(np.argmax((values < 0) | (values >= size)))
+        raise InputError(
+            f"{name}: token {at} has {'id' if name == 'input_ids' else 'type'} {values[at]}, not 0 to {size - 1}"
+        )
+
+
 def _checked(ids: Any, mask: Any, types: Any) -> tuple[np.ndarray, np.ndarray]:
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"input_ids must be integers (batch, length), not {ids.dtype} {list(ids.shape)}")
+    if types is not None and not np.issubdtype(types.dtype, np.integer):
+        raise InputError(f"token_type_ids must be integers, not {types.dtype}")
     for name, x in (("attention_mask", mask), ("token_type_ids", types)):
         if x is not None and x.shape != ids.shape:
             raise InputError(f"{name} is {list(x.shape)}, input_ids {list(ids.shape)}")

@@ -30,7 +30,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from lookupffn import InputError, LookupConfig, Session, native
+from lookupffn import InputError, LookupConfig, Session, export, native
 from lookupffn.branches import BranchedLookupFFN
 from lookupffn.convert.conversion import Pairs, convert
 from lookupffn.convert.distil import distil
@@ -213,3 +213,19 @@ def test_a_conversion_from_end_to_end(wrapped, tokenizer, tmp_path):
         convert(teacher, documents(), tmp_path, tokens=9)
     with pytest.raises(InputError, match="model_type 'electra' cannot be exported"):
         convert(FAMILIES["electra"](), documents(), tmp_path, tokens=9, tokenizer=tokenizer)
+
+
+@pytest.mark.skipif(not native.available(), reason="the packed form needs the compiled library")
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert"])
+def test_a_converted_model_of_every_family_runs_in_the_runtime(family, tmp_path):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    for slot in slots_of(model):
+        layer = SHAPE.layer(32)
+        nn.init.normal_(layer.lookup.tables, std=0.1)
+        slot.replace(layer)
+    ids = torch.randint(5, 300, (3, 9))
+    with torch.no_grad():
+        expected = model(input_ids=ids).last_hidden_state
+    found = Session(export(model, tmp_path, linears="float32", tables="float32"))(ids)
+    assert (found - expected).abs().max() <= 3e-5 * expected.abs().max()

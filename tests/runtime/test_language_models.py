@@ -129,6 +129,9 @@ def test_what_a_language_model_cannot_do_is_said(tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"places must be boolean \[1, 4\] .* not int64 \[1, 4\]"):
         session.logits(ids, places=places.astype(int))
     bare = Session(export(model, tmp_path / "bare"))
+    with torch.no_grad():
+        expected = model.bert(torch.from_numpy(ids))[0]
+    assert np.abs(bare(ids) - expected.numpy()).max() < 0.05 * float(expected.abs().max())  # hidden states all the same
     assert bare.logits(ids, places=~places).shape == (4, VOCAB)
     with pytest.raises(InputError, match="is no masked LM with a mask token"):
         bare.fill(["w1"])

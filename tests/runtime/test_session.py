@@ -174,7 +174,7 @@ def test_float32_is_the_model(name, exported):
         mask[:] = 1
         expected = hidden(model, ids, mask)
         limit = 2e-5 * expected.abs().max()
-        assert (session(ids.numpy()) - expected.numpy()).max() <= limit
+        assert np.abs(session(ids.numpy()) - expected.numpy()).max() <= limit
 
 
 @pytest.mark.parametrize("name", ["bert", "bert, odd sizes", "own, dense", "mpnet", "modernbert, odd sizes"])
@@ -376,6 +376,7 @@ def test_torch_in_torch_out_and_nothing_in_nothing_out(exported):
         ([[1] * (POSITIONS + 1)], None, rf"text 0 has {POSITIONS + 1} tokens, the model has positions for {POSITIONS}"),
         ([1, 2], None, r"input_ids must be integers \(batch, length\)"),
         ([[0.5]], None, "input_ids must be integers"),
+        ([[5, 2**32 + 7]], None, f"token 1 has id {2**32 + 7}, not 0 to {VOCAB - 1}"),
         ([[1, 2]], [[1]], r"attention_mask is \[1, 1\], input_ids \[1, 2\]"),
     ],
 )
@@ -396,6 +397,13 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         export(bert(), tmp_path, tables="int2")
     with pytest.raises(InputError, match=r"hidden_act|activation 'quick_gelu' is none of"):
         export(bert(act="quick_gelu"), tmp_path)
+    sizes = {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    with pytest.raises(InputError, match="modernbert with rope_type 'dynamic' cannot be exported"):
+        export(modernbert(rope_parameters=sizes, layer_types=["full_attention"] * 5), tmp_path)
+    adapted = bert()
+    adapted.encoder.layer[1].attention.self.query.base_layer = torch.nn.Identity()
+    with pytest.raises(InputError, match=r"encoder\.layer\.1\.attention\.self\.query is wrapped by another library"):
+        export(adapted, tmp_path)
     broken = bert()
     with torch.no_grad():
         broken.encoder.layer[0].intermediate.dense.weight[3, 4] = float("nan")

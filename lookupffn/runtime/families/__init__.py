@@ -29,6 +29,9 @@ def graph_of(model: nn.Module) -> Graph:
     if kind not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise InputError(f"{type(model).__name__} of model_type {kind!r} cannot be exported; known are {known}")
+    adapters = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    if adapters:  # whose part would be lost
+        raise InputError(f"{adapters[0]} is wrapped by another library: merge it first (PEFT: merge_and_unload())")
     find: Callable[[nn.Module], Graph] = import_module(f"{__name__}.{FAMILIES[kind]}").graph
     graph = find(model)
     if "For" in type(model).__name__ and not graph.head:

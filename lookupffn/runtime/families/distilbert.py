@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lookupffn.branches import BranchedLookupFFN
+from lookupffn.layer import LookupFFN
 from lookupffn.runtime.graph import (
     Dense,
     Graph,
@@ -30,7 +32,7 @@ def graph(model: Any) -> Graph:
                 value=attention.v_lin,
                 output=attention.out_lin,
                 ffn_norm=Norm.of(layer.output_layer_norm),
-                ffn=Dense(layer.ffn.lin1, layer.ffn.lin2, activation_of(config.activation, f"layer {number}")),
+                ffn=_feed_forward(layer.ffn, config, number),
             )
         )
     head = {}
@@ -53,3 +55,9 @@ def graph(model: Any) -> Graph:
         pad_token_id=config.pad_token_id or 0,
         **head,
     )
+
+
+def _feed_forward(ffn: Any, config: Any, number: int) -> Any:
+    if type(ffn) in (LookupFFN, BranchedLookupFFN):
+        return ffn
+    return Dense(ffn.lin1, ffn.lin2, activation_of(config.activation, f"layer {number}"))

@@ -22,12 +22,16 @@ from lookupffn.runtime.graph import (
 )
 
 KINDS = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")  # whose angles do not depend on the text's length
 
 
 def graph(model: Any) -> Graph:
     config, body = model.config, getattr(model, "model", model)
     window, every = _locality(config)
     kinds = KINDS if window else KINDS[:1]
+    for kind in kinds:
+        if (rope := config.rope_parameters[kind]["rope_type"]) not in ROPE_TYPES:
+            raise InputError(f"modernbert with rope_type {rope!r} cannot be exported: {', '.join(ROPE_TYPES)} can")
     return Graph(
         family="modernbert",
         heads=config.num_attention_heads,
@@ -57,6 +61,8 @@ def _locality(config: Any) -> tuple[int, int]:
         raise InputError(
             f"modernbert with layer_types {config.layer_types} cannot be exported: no layer in n is global"
         )
+    if config.sliding_window < 1:
+        raise InputError(f"modernbert with a window of {config.sliding_window} tokens cannot be exported")
     return min(config.sliding_window, config.max_position_embeddings), every
 
 
