@@ -224,7 +224,7 @@ struct Chunk {
                                 .angles = angles.values + size_t(position_of(start + token, i)) * angles.padded});
       });
     });
-    // Queries of a text may be shared out too, where texts and heads are fewer than threads.
+    // Threads share out heads of texts.
     share_out_flushing(pool, call.p.inner, (last - first) * c.heads, [&](int thread, int64_t begin, int64_t end) {
       const ThreadMemory m = of_thread(thread);
       int64_t token = 0, text = first;

@@ -78,7 +78,5 @@ def flops_per_token(graph: Graph, lengths: np.ndarray) -> int:
     for layer in graph.layers:
         parts = (layer.query.weight, layer.key.weight, layer.value.weight, layer.output.weight)
         linears += 2 * sum(weight.numel() for weight in parts)
-        attended += (
-            4 * layer.query.weight.shape[0]
-        )  # scores and their sum of values, for each token that is attended to
+        attended += 4 * len(layer.query.weight)  # scores and sums of values, for each token that is attended to
     return round(linears + ffn_flops(graph) + attended * (lengths**2).sum() / lengths.sum())

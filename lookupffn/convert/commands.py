@@ -23,7 +23,7 @@ def convert(
         str, typer.Option(help="text as of pretrain: file, folder or dataset; stdlib is at hand")
     ] = "stdlib",
     text_column: Annotated[str, typer.Option(help="of .jsonl, .csv, .tsv and .parquet")] = "text",
-    minutes: Annotated[float, typer.Option(help="of distillation, the rivals' among them")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="of distillation, the baselines' among them")] = 10.0,
     tokens: Annotated[int | None, typer.Option(help="instead of minutes: tokens for each model")] = None,
     pairs: Annotated[
         list[str] | None, typer.Option(help="to measure on: FILE:first,second,score; repeat for more")
@@ -31,7 +31,7 @@ def convert(
     tables: Annotated[int, typer.Option(help="tables of a layer")] = 64,
     reads: Annotated[int, typer.Option(help="buckets probed in a table")] = 3,
     rank: Annotated[int, typer.Option(help="of the linear path beside the tables; 0 for none")] = 64,
-    rivals: Annotated[bool, typer.Option(help="distil what else one would pick, with the same budget")] = True,
+    baselines: Annotated[bool, typer.Option(help="distil what else one would pick, with the same budget")] = True,
     encoding: Annotated[str, typer.Option(help="of text files")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option(help="leave out text that cannot be read, however much")] = False,
     seed: Annotated[int, typer.Option(help="of the split, the start and the order of texts")] = 0,
@@ -61,7 +61,7 @@ def convert(
         tokenizer=tokenizer,
         shape=Shape(num_tables=tables, reads=reads, rank=rank),
         pairs=measured,
-        rivals=rivals,
+        baselines=baselines,
         seed=seed,
         say=lambda name, p: console.print(
             f"{name}: {p.tokens:,} of {p.of:,} tokens, cosine {p.cosine:.4f}, loss {p.loss:.3f}, {p.seconds:.0f} s",
@@ -87,9 +87,11 @@ def _pairs(argument: str, encoding: str) -> Any:
 
 def _print(console: Console, report: dict[str, Any]) -> None:
     models = {"teacher": report["teacher"], "lookups": report["student"], "lookups, packed": report["packed"]}
-    models |= report.get("rivals", {})
+    models |= report.get("baselines", {})
     beaten = [
-        name for name, found in report.get("rivals", {}).items() if found["retrieval"] > report["packed"]["retrieval"]
+        name
+        for name, found in report.get("baselines", {}).items()
+        if found["retrieval"] > report["packed"]["retrieval"]
     ]
     if beaten:  # what was lost is said first
         console.print(f"[bold red]Better at retrieval than the lookups: {', '.join(beaten)}[/]")

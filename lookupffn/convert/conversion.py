@@ -17,8 +17,8 @@ from torch import nn
 
 from lookupffn import machine
 from lookupffn.convert import quality
+from lookupffn.convert.baselines import half_the_layers, without_ffns
 from lookupffn.convert.distil import STEP_TOKENS, Progress, converted, distil
-from lookupffn.convert.rivals import half_the_layers, without_ffns
 from lookupffn.convert.slots import slots_of
 from lookupffn.convert.start import Shape
 from lookupffn.convert.texts import Tokens, passages
@@ -66,7 +66,7 @@ def convert(
     pooling: str = "mean",
     max_length: int = 128,
     pairs: Iterable[Pairs] = (),
-    rivals: bool = True,
+    baselines: bool = True,
     tables: str = "int4",
     seed: int = 0,
     say: Callable[[str, Progress], None] | None = None,
@@ -75,8 +75,8 @@ def convert(
 
     ``model`` is a SentenceTransformer, or a Hugging Face encoder with ``tokenizer``; it is not changed. ``documents``
     are cut to sentences and passages; a tenth of them, 1,500 at most, are held out to measure on. ``tokens`` is the
-    budget of distillation, of the model and of each rival: the model without feed-forward layers, and with half of its
-    layers; without it as many as fit into ``minutes`` for all of them, by the time of a few steps. ``output`` receives
+    budget of distillation, of the model and of each baseline: the model without feed-forward layers, and with half of
+    its layers; without it as many as fit into ``minutes`` for all of them, by the time of a few steps. ``output`` receives
     ``packed/``, which :class:`lookupffn.Session` runs, and ``report.json``.
 
     Raises:
@@ -98,16 +98,16 @@ def convert(
     data = Tokens(tokenizer, texts[held:], max_length, tokens or MOST_TOKENS)
 
     torch.manual_seed(seed)
-    contenders: dict[str, tuple[nn.Module, list[int] | None]] = {
+    students: dict[str, tuple[nn.Module, list[int] | None]] = {
         "student": (converted(teacher, shape, data, generator), None)
     }
     if tokens is None:
-        seconds = _seconds_a_token(contenders["student"][0], teacher, data, pooling)
-        tokens = max(1, int(minutes * 60 / seconds / (3 if rivals else 1)))
-    if rivals:
-        contenders["no feed-forward layers"] = (without_ffns(teacher), None)
-        contenders["half of the layers"] = half_the_layers(teacher)
-    judge = _Judge(teacher, tokenizer, texts[:held], list(pairs), pooling, max_length)
+        seconds = _seconds_a_token(students["student"][0], teacher, data, pooling)
+        tokens = max(1, int(minutes * 60 / seconds / (3 if baselines else 1)))
+    if baselines:
+        students["no feed-forward layers"] = (without_ffns(teacher), None)
+        students["half of the layers"] = half_the_layers(teacher)
+    evaluate = _Evaluation(teacher, tokenizer, texts[:held], list(pairs), pooling, max_length)
     report: dict[str, Any] = {
         "what": "conversion",
         "model": getattr(encoder.config, "_name_or_path", ""),
@@ -118,11 +118,11 @@ def convert(
         "texts": {"distilled on": len(data), "of tokens": data.total, "held out": held},
         "seed": seed,
         "machine": machine.describe(),
-        "teacher": judge(teacher) | _costs(teacher, slots),
+        "teacher": evaluate(teacher) | _costs(teacher, slots),
     }
-    for name, (student, states) in contenders.items():
+    for name, (student, states) in students.items():
         start = time.perf_counter()
-        untrained = judge.cosine(student)
+        untrained = evaluate.cosine(student)
         distil(
             student,
             teacher,
@@ -133,7 +133,7 @@ def convert(
             seed=seed,
             say=None if say is None else lambda p, name=name: say(name, p),
         )
-        found = judge(student) | {
+        found = evaluate(student) | {
             "minutes": (time.perf_counter() - start) / 60,
             "cosine_untrained": untrained,
         }
@@ -142,14 +142,14 @@ def convert(
             export(
                 _with_encoder(model, student), folder / "packed", tables=tables, tokenizer=tokenizer, pooling=pooling
             )
-            report["packed"] = judge.of(_embed_packed(folder / "packed")) | {
+            report["packed"] = evaluate.of(_embed_packed(folder / "packed")) | {
                 "tables": tables,
                 "bytes": sum(path.stat().st_size for path in (folder / "packed").iterdir()),
             }
         else:
-            report.setdefault("rivals", {})[name] = found
+            report.setdefault("baselines", {})[name] = found
     atomic_write(folder / "report.json", json.dumps(report, indent=1) + "\n")
-    return Conversion(contenders["student"][0], folder, report)
+    return Conversion(students["student"][0], folder, report)
 
 
 def _seconds_a_token(student: nn.Module, teacher: nn.Module, data: Tokens, pooling: str) -> float:
@@ -195,7 +195,7 @@ def _embed_packed(folder: Path) -> quality.Embed:
     return embed
 
 
-class _Judge:
+class _Evaluation:
     """Measures a model against its teacher, on texts that neither was distilled on and on pairs with scores."""
 
     def __init__(

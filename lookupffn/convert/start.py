@@ -6,7 +6,7 @@ regression: Izenman 1975); the projection's bias centres every bit of a code, so
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,12 +29,11 @@ class Shape:
     block_size: int = 32
     rank: int = 64
     projection: str = "bh4"
-    options: dict[str, Any] = field(default_factory=dict)
 
     def config(self, width: int) -> LookupConfig:
         block = min(self.block_size, 1 << (width - 1).bit_length())
         sizes = {"num_tables": self.num_tables, "code_bits": self.code_bits, "reads": self.reads}
-        return LookupConfig(width, width, projection=self.projection, block_size=block, **sizes, **self.options)
+        return LookupConfig(width, width, projection=self.projection, block_size=block, **sizes)
 
     def layer(self, width: int) -> BranchedLookupFFN:
         """A layer of this shape, whose output is 0."""

@@ -291,7 +291,8 @@ class Session:
     ) -> list[list[list[tuple[str, float]]]]:
         """For each text, for each mask token in it, the ``top`` likeliest tokens with their log probabilities in nats.
 
-        A masked LM's ``log softmax(logits)``; a text without a mask has an empty list.
+        A masked LM's ``log softmax(logits)``; a text without a mask has an empty list. Masks behind the model's longest
+        text are cut off with the rest of it.
         """
         if "mask_token_id" not in self.metadata or self.pooling != "tokens":
             raise InputError(f"{self.folder} is no masked LM with a mask token: export one with its tokenizer")

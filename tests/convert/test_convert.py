@@ -32,10 +32,10 @@ from transformers import (
 
 from lookupffn import InputError, LookupConfig, Session, export, native
 from lookupffn.branches import BranchedLookupFFN
+from lookupffn.convert.baselines import half_the_layers, without_ffns
 from lookupffn.convert.conversion import Pairs, convert
 from lookupffn.convert.distil import distil
 from lookupffn.convert.quality import cosine, retrieval, spearman
-from lookupffn.convert.rivals import half_the_layers, without_ffns
 from lookupffn.convert.slots import slots_of
 from lookupffn.convert.start import Shape, collect, start
 from lookupffn.convert.texts import Tokens, passages
@@ -196,7 +196,7 @@ def test_a_conversion_from_end_to_end(wrapped, tokenizer, tmp_path):
     assert sum(isinstance(m, BranchedLookupFFN) for m in done.model.modules()) == 2
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report == json.loads(json.dumps(done.report))
-    assert set(report["rivals"]) == {"no feed-forward layers", "half of the layers"}
+    assert set(report["baselines"]) == {"no feed-forward layers", "half of the layers"}
     assert report["teacher"]["cosine"] == pytest.approx(1, abs=1e-5)
     assert report["teacher"]["retrieval"] == 1
     assert report["student"]["cosine"] > report["student"]["cosine_untrained"]
