@@ -76,8 +76,8 @@ def convert(
     ``model`` is a SentenceTransformer, or a Hugging Face encoder with ``tokenizer``; it is not changed. ``documents``
     are cut to sentences and passages; a tenth of them, 1,500 at most, are held out to measure on. ``tokens`` is the
     budget of distillation, of the model and of each baseline: the model without feed-forward layers, and with half of
-    its layers; without it as many as fit into ``minutes`` for all of them, by the time of a few steps. ``output`` receives
-    ``packed/``, which :class:`lookupffn.Session` runs, and ``report.json``.
+    its layers; without it as many as fit into ``minutes`` for all of them, by the time of a few steps. ``output``
+    receives ``packed/``, which :class:`lookupffn.Session` runs, and ``report.json``.
 
     Raises:
         InputError: a family that is not known, too little text, a folder that cannot be written.
