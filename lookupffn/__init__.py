@@ -1,10 +1,13 @@
 """LookupFFN: Transformer feed-forward layers as learned hashing and table lookup (ICML 2023), cheap on CPUs."""
 
+from typing import Any
+
 from lookupffn.diagnostics import HashMonitor
 from lookupffn.errors import InputError, PackedError
 from lookupffn.layer import BH4, LookupConfig, LookupFFN
 from lookupffn.machine import respect_cpu_quota
 from lookupffn.ops import bh4, gather, hash_codes
+from lookupffn.plugin import watch as _watch
 from lookupffn.runtime.export import export
 from lookupffn.runtime.packed import PackedLookupFFN, load_packed, pack, save_packed
 from lookupffn.runtime.session import Session
@@ -21,6 +24,7 @@ __all__ = [
     "Session",
     "__version__",
     "bh4",
+    "convert",
     "export",
     "gather",
     "hash_codes",
@@ -29,3 +33,13 @@ __all__ = [
     "respect_cpu_quota",
     "save_packed",
 ]
+
+_watch()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "convert":  # with all that trains, which needs the extra `train`
+        from lookupffn.conversion.convert import convert
+
+        return convert
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

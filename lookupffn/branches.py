@@ -7,14 +7,15 @@ the token alone. Rows are chosen by what is known when a text is tokenised, not 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lookupffn.errors import check
-from lookupffn.layer import LookupFFN
+from lookupffn.layer import LookupConfig, LookupFFN
 
 MULTIPLIER = 2654435769  # 2^32 over the golden ratio, odd
 MOST_NEIGHBOURS = 8
@@ -47,6 +48,16 @@ class TokenContext:
 
     ids: Tensor | None = None
     mask: Tensor | None = None
+
+
+def watch_ids(model: nn.Module, context: TokenContext) -> None:
+    """Has ``context`` hold the ids and the mask that ``model`` is called with, while its layers run."""
+
+    def before(_: nn.Module, args: tuple, given: dict[str, Any]) -> None:
+        context.ids = args[0] if args else given.get("input_ids")
+        context.mask = args[1] if len(args) > 1 else given.get("attention_mask")
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
 
 
 class LowRank(nn.Module):
@@ -85,6 +96,17 @@ class TokenRows(nn.Module):
         return nn.functional.embedding(at, self.rows).to(x.dtype)
 
 
+class NoFFN(nn.Module):
+    """``y = 0``: what stays of a layer is its attention, and the norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+    def flops(self, tokens: int) -> int:
+        """Floating-point operations of a forward pass: none."""
+        return 0
+
+
 class BranchedLookupFFN(nn.Module):
     """A lookup layer and what is added to it: ``y = lookup(x) + low_rank(x) + sum of rows by ids``."""
 
@@ -101,6 +123,26 @@ class BranchedLookupFFN(nn.Module):
             y = y + rows(x)
         return y
 
+    def config(self) -> dict[str, Any]:
+        """What :meth:`from_config` makes such a layer of, as JSON has it."""
+        rows = [{"rows": len(r.rows), "before": r.before, "after": r.after} for r in self.token_rows]
+        rank = 0 if self.low_rank is None else self.low_rank.reduce.out_features
+        return {"lookup": self.lookup.config.to_dict(), "rank": rank, "token_rows": rows}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], vocab_size: int, context: TokenContext) -> BranchedLookupFFN:
+        """A layer of this config, its lookup initialised and its branches' outputs 0.
+
+        Raises:
+            ValueError, TypeError, KeyError: a field is missing, unknown or out of its range.
+        """
+        check(set(config) == {"lookup", "rank", "token_rows"}, "fields", sorted(config), "lookup, rank and token_rows")
+        lookup, rank = LookupFFN(LookupConfig(**config["lookup"])), config["rank"]
+        width, out = lookup.config.in_features, lookup.config.out_features
+        rows = [TokenRows(r["rows"], out, vocab_size, context, before=r["before"], after=r["after"])
+                for r in config["token_rows"]]  # fmt: skip
+        return cls(lookup, LowRank(width, out, rank) if rank else None, rows)
+
     def flops(self, tokens: int) -> int:
         """Floating-point operations of a forward pass, two a multiply-add; a row by ids is one addition an output."""
         own = sum(math.prod(p.shape) for p in self.low_rank.parameters()) if self.low_rank is not None else 0
@@ -112,3 +154,6 @@ class BranchedLookupFFN(nn.Module):
         once = sum(p.numel() * p.element_size() for p in self.low_rank.parameters()) if self.low_rank is not None else 0
         rows = sum(r.rows.shape[1] * r.rows.element_size() for r in self.token_rows)
         return self.lookup.bytes_read(tokens) + once + tokens * rows
+
+
+CONVERTED = (LookupFFN, BranchedLookupFFN, NoFFN)  # what stands where a dense layer was

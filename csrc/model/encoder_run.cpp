@@ -321,11 +321,16 @@ struct Chunk {
         float* x = x_of(t);
         if (!c.pre_norm) norm(l.attention_norm, x, count, x_of(t));
         if (c.pre_norm) {
+          if (!l.has_ffn) continue;
           float* const normed = l.has_lookup ? memory.branch + t * c.padded : m.rows[0];
           norm(l.ffn_norm, x, count, normed);
           x = normed;
         }
         if (l.has_lookup) continue;
+        if (!l.has_ffn) {
+          norm(l.ffn_norm, x, count, x_of(t));
+          continue;
+        }
         const size_t inner = size_t(l.up.block_out);
         if (c.gated) linear(m, l.gate, x, padded, count, m.rows[1], inner);
         linear(m, l.up, x, padded, count, m.rows[1], inner, nullptr, 0, c.gated ? m.rows[1] : nullptr);

@@ -145,7 +145,6 @@ std::string open_branches(Bytes bytes, Branches* b) {
   if (!wrong.empty()) return wrong;
   if (h.size[0] != 0 && h.size[0] != 1) return field("low_rank", h.size[0]);
   if (h.size[1] < 0 || h.size[1] > kMostBranches) return field("token_rows", h.size[1]);
-  if (h.size[0] == 0 && h.size[1] == 0) return "there are none";
   b->low_rank = h.size[0], b->token_rows = h.size[1];
   return Sections(bytes).end();
 }

@@ -95,7 +95,9 @@ def bench_model(
     for shape in shapes:
         length = LONGEST_RAGGED if isinstance(shape, str) else shape[1]
         if length > fits:
-            raise InputError(f"shape {_label(shape)} has texts of {length} tokens, {name} takes {fits}: choose another")
+            raise InputError(
+                f"shape {shape_name(shape)} has texts of {length} tokens, {name} takes {fits}: choose another"
+            )
     lookup = encoders.with_lookups(graph, seed)
     ffn = {"dense": encoders.ffn_flops(graph), "lookup": encoders.ffn_flops(lookup)}
     ffn["factor"] = ffn["dense"] / ffn["lookup"]
@@ -107,14 +109,14 @@ def bench_model(
         common["machine"] = machine.describe() | {"versions": versions()}
         with tempfile.TemporaryDirectory() as temporary:
             source = Source(model, Path(temporary), threads, seed)
-            built = _own(names, source, lookup, progress) | _dense(names, source, left_out, progress)
+            built = _own(names, source, lookup, progress) | build_dense(names, source, left_out, progress)
             generator = np.random.default_rng(seed)
             for shape in shapes:
                 lengths = lengths_of(shape, generator)
                 mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
                 ids = generator.integers(0, model.config.vocab_size, mask.shape) * mask
-                _first_calls(built, source, ids, mask, _label(shape), left_out, progress)
-                progress(f"{_label(shape)}: timing")
+                _first_calls(built, source, ids, mask, shape_name(shape), left_out, progress)
+                progress(f"{shape_name(shape)}: timing")
                 calls = {engine: (lambda run=b.run, ids=ids, mask=mask: run(ids, mask)) for engine, b in built.items()}
                 times = time_interleaved(calls, seconds * len(calls)) if calls else {}
                 for engine, taken in times.items():
@@ -122,7 +124,7 @@ def bench_model(
                     yield common | {
                         "what": "model",
                         "engine": engine,
-                        "shape": _label(shape),
+                        "shape": shape_name(shape),
                         "tokens": int(lengths.sum()),
                         "us_per_token": taken.median / lengths.sum() * 1e6,
                         "spread": [taken.low / lengths.sum() * 1e6, taken.high / lengths.sum() * 1e6],
@@ -134,7 +136,7 @@ def bench_model(
                 progress("memory and opening")
                 texts, tokens = FOOTPRINT[0], min(FOOTPRINT[1], fits)
                 found = footprint(source.folder / engine, (texts, tokens), threads)
-                about = {"shape": _label((texts, tokens)), "bytes": built[engine].bytes}
+                about = {"shape": shape_name((texts, tokens)), "bytes": built[engine].bytes}
                 yield common | {"what": "footprint", "engine": engine, **about, **found}
     finally:
         torch.set_num_threads(before)
@@ -142,7 +144,7 @@ def bench_model(
     yield common | {"what": "left out", "engines": left_out}
 
 
-def _label(shape: Shape) -> str:
+def shape_name(shape: Shape) -> str:
     return shape if isinstance(shape, str) else f"{shape[0]} x {shape[1]}"
 
 
@@ -162,8 +164,11 @@ def _own(names: list[str], source: Source, lookup: Any, progress: Callable[[str]
     return built
 
 
-def _dense(
-    names: list[str], source: Source, left_out: dict[str, str], progress: Callable[[str], object]
+def build_dense(
+    names: list[str],
+    source: Source,
+    left_out: dict[str, str],
+    progress: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Built]:
     """The dense engines at hand; ``left_out`` gets those that could not be built, with the reason."""
     built = {}

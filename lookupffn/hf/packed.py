@@ -1,7 +1,7 @@
-"""Packed models as transformers saves and loads them: ``save_pretrained`` and ``from_pretrained`` of one folder.
+"""Packed and converted models as transformers saves and loads them: ``save_pretrained``, ``from_pretrained``.
 
-To transformers a packed model is a quantised one: ``config.json`` says under ``quantization_config`` which layers are
-packed and in which dtypes, and the weights hold their bytes.
+To transformers both are quantised models: ``config.json`` says under ``quantization_config`` which layers are packed,
+in which dtypes, with weights that hold their bytes, and which feed-forward layers are lookups that can be trained.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lookupffn.branches import BranchedLookupFFN, TokenContext, watch_ids
 from lookupffn.errors import PackedError, check
+from lookupffn.hf.slots import slots_of
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.memory import aligned_bytes
+from lookupffn.plugin import METHOD
 from lookupffn.runtime.format import PROJECTION_DTYPES, TABLE_TYPES, WEIGHT_TYPES, layout
 from lookupffn.runtime.packed import PackedLookupFFN, pack, replace_modules
 
-METHOD = "lookupffn"
 
-
-@register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
     """Which lookup layers of a model are packed, and how: ``quantization_config`` in ``config.json``.
 
@@ -33,6 +33,7 @@ class PackedConfig(QuantizationConfigMixin):
         tables: their dtype, ``"int4"``, ``"int8"``, ``"bfloat16"`` or ``"float32"``, as in :func:`lookupffn.pack`.
         projection: dtype of the projections, by default the one that goes with ``tables``.
         layers: where layers differ, ``{name in the base model: [tables, projection]}``; by default all are alike.
+        lookups: of a converted model, ``{name of a slot: config of its layer}`` (``hf/slots.py``, ``branches.py``).
 
     Raises:
         ValueError: an unknown dtype or field.
@@ -43,19 +44,25 @@ class PackedConfig(QuantizationConfigMixin):
         tables: str = "int8",
         projection: str | None = None,
         layers: dict[str, list[str]] | None = None,
+        lookups: dict[str, dict[str, Any]] | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ):
         check(quant_method == METHOD, "quant_method", quant_method, repr(METHOD))
-        check(not unknown, "quantization_config", sorted(unknown), "of the fields tables, projection and layers")
+        check(
+            not unknown, "quantization_config", sorted(unknown), "of the fields tables, projection, layers and lookups"
+        )
         check(tables in TABLE_TYPES, "tables", tables, f"one of {', '.join(TABLE_TYPES)}")
         self.quant_method, self.tables = METHOD, tables
         self.projection = PROJECTION_DTYPES[tables] if projection is None else projection
-        self.layers = layers
+        self.layers, self.lookups = layers, lookups
         for name, kinds in (layers or {}).items():
             fits = isinstance(kinds, list) and len(kinds) == 2 and kinds[0] in TABLE_TYPES and kinds[1] in WEIGHT_TYPES
             check(fits, f"layers[{name!r}]", kinds, "[dtype of tables, dtype of projection]")
         check(self.projection in WEIGHT_TYPES, "projection", projection, f"one of {', '.join(WEIGHT_TYPES)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "lookups" or value is not None}
 
     def of_layer(self, name: str) -> list[str] | None:
         """``[tables, projection]`` of the layer of this name in the base model; None where it is not packed."""
@@ -90,12 +97,14 @@ class _Bytes(nn.Module):
         self.register_buffer("packed", torch.empty(size, dtype=torch.uint8, device="meta"))
 
 
-@register_quantizer(METHOD)
 class PackedQuantizer(HfQuantizer):
     """What transformers asks of a quantisation: layers that wait for bytes before weights are loaded, packed after."""
 
     quantization_config: PackedConfig
-    is_trainable = False
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.quantization_config.layers == {}  # nothing is packed
 
     def is_serializable(self) -> bool:
         return True
@@ -107,6 +116,8 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
+        if self.quantization_config.lookups:
+            _replace_slots(model, self.quantization_config.lookups)
         waiting = {}
         for name, layer in model.named_modules():
             if not isinstance(layer, LookupFFN):
@@ -130,6 +141,30 @@ class PackedQuantizer(HfQuantizer):
                 except PackedError as error:
                     raise PackedError(f"{model.config._name_or_path}, layer {name!r}: {error}") from None
         replace_modules(model, ready)
+
+
+def _replace_slots(model: PreTrainedModel, lookups: dict[str, dict[str, Any]]) -> None:
+    """Puts lookups without weights where the feed-forward layers of a converted model were."""
+    slots = {slot.name: slot for slot in slots_of(model)}
+    unknown = sorted(set(lookups) - set(slots))
+    check(not unknown, "lookups", unknown, f"of the layers {', '.join(slots)}")
+    context = TokenContext()
+    for name, config in lookups.items():
+        try:
+            with torch.device("meta"):
+                layer = BranchedLookupFFN.from_config(config, model.config.vocab_size, context)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"lookups[{name!r}]: {error}") from None
+        slots[name].replace(layer)
+    if any(config["token_rows"] for config in lookups.values()):
+        watch_ids(model, context)
+
+
+def mark_converted(model: PreTrainedModel) -> None:
+    """Has ``model.config`` say which of its feed-forward layers are lookups, so that it is saved and loaded so."""
+    lookups = {slot.name: slot.last.config() for slot in slots_of(model) if isinstance(slot.last, BranchedLookupFFN)}
+    config = PackedConfig(layers={}, lookups=lookups)
+    model.config.quantization_config, model.hf_quantizer = config, PackedQuantizer(config, pre_quantized=True)
 
 
 def mark_packed(model: PreTrainedModel) -> None:

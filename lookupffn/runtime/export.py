@@ -45,9 +45,17 @@ def export(
     if pooling not in POOLINGS or (pooling == "tokens" and not graph.head):
         raise InputError(f"pooling must be one of none, mean, cls, not {pooling!r}")
     longest = found.get("max_length") or getattr(tokenizer, "model_max_length", None) or 1 << 30
-    graph = dataclasses.replace(graph, pooling=pooling, normalised=normalise, max_length=int(longest))
-    graph = dataclasses.replace(graph, mask_token_id=getattr(tokenizer, "mask_token_id", None))
+    mask_token = getattr(tokenizer, "mask_token_id", None)
+    if mask_token is not None and mask_token >= len(graph.words):
+        raise InputError(f"the tokenizer's mask token is {mask_token}, the model has {len(graph.words)} ids")
+    graph = dataclasses.replace(
+        graph, pooling=pooling, normalised=normalise, max_length=int(longest), mask_token_id=mask_token
+    )
     folder = Path(folder)
+    if tokenizer is None and (folder / "tokenizer.json").exists():
+        raise InputError(
+            f"{folder} holds a tokenizer.json, perhaps another model's: give tokenizer=, or another folder"
+        )
     contents = model_bytes(graph, linears, tables)  # before anything is written
     make_folder(folder)
     with atomic_replace(folder / MODEL_FILE) as temporary, open(temporary, "wb") as file:

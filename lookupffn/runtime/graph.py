@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lookupffn.branches import BranchedLookupFFN
+from lookupffn.branches import BranchedLookupFFN, NoFFN
 from lookupffn.errors import InputError
 from lookupffn.layer import LookupFFN
 
@@ -18,7 +18,8 @@ ACTIVATIONS = {  # by transformers' names
     "gelu": 1, "gelu_python": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "gelu_fast": 2, "silu": 3, "swish": 3,
     "relu": 4, "tanh": 5,
 }  # fmt: skip
-POSITIONS = ("index", "mask", "ids")  # places in the row, tokens of the mask, or ids other than padding, counted
+# Places in the row, or from the text's first token on; tokens of the mask, or ids other than padding, counted.
+POSITIONS = ("index", "first", "mask", "ids")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Layer:
     value: Product
     output: Product
     ffn_norm: Norm
-    ffn: Dense | LookupFFN | BranchedLookupFFN
+    ffn: Dense | LookupFFN | BranchedLookupFFN | NoFFN
 
 
 @dataclass(frozen=True)

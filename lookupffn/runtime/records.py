@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lookupffn.branches import BranchedLookupFFN, TokenRows
+from lookupffn.branches import BranchedLookupFFN, NoFFN, TokenRows
 from lookupffn.errors import InputError
 from lookupffn.runtime.format import (
     LANES,
@@ -186,6 +186,9 @@ def _layer_records(graph: Graph, layer: Layer, linears: str, tables: str) -> Ite
         if ffn.gate:
             yield "gate", linear_record(ffn.gate, linears)
         yield "down", linear_record(ffn.down, linears)
+        return
+    if isinstance(ffn, NoFFN):
+        yield "branches", _record("branches", [0, 0], [])
         return
     branched = ffn if isinstance(ffn, BranchedLookupFFN) else BranchedLookupFFN(ffn)
     yield "lookup", encode(branched.lookup, tables, PROJECTION_DTYPES.get(tables, "int8"))

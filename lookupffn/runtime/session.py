@@ -18,11 +18,11 @@ import numpy as np
 from lookupffn.errors import InputError
 from lookupffn.extras import require
 from lookupffn.runtime.handles import register
-from lookupffn.runtime.records import read_metadata
+from lookupffn.runtime.records import POOLINGS, read_metadata
 
 MODEL_FILE = "model.safetensors"
-POOLING_NAMES = ("none", "mean", "cls", "tokens")
-TOKENS_AT_ONCE = 1 << 14  # of `embed`, so that memory does not grow with the list
+TOKENS_AT_ONCE = 1 << 14  # in a batch of `embed`
+TEXTS_AT_ONCE = 1 << 14  # that are sorted by length, so that memory does not grow with the list
 LOGITS_AT_ONCE = 1 << 23  # of `fill`, as far as a text alone has no more
 
 
@@ -94,21 +94,33 @@ class Session:
         self.folder, self.threads = Path(folder), threads
         if threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}")
-        path = self.folder / MODEL_FILE
+        path = next(  # of a converted model beside the form that trains
+            (p for p in (self.folder / "packed" / MODEL_FILE, self.folder / MODEL_FILE) if p.is_file()),
+            self.folder / MODEL_FILE,
+        )
         if not path.is_file():
             raise InputError(f"{self.folder} holds no {MODEL_FILE}: give a folder that lookupffn.export wrote")
-        self.metadata = read_metadata(path)
+        self._file, self.metadata = path, read_metadata(path)
         self._lib, self._model, self._pool = library(), c.c_void_p(), None
         _check(self._lib.lookupffn_isa(c.byref(c.c_char_p())))  # a wrong LOOKUPFFN_ISA is an error here, not in a call
         _check(self._lib.lookupffn_open(os.fsencode(path), c.byref(self._model)))
         self._described = _Description()
         self._lib.lookupffn_describe(self._model, c.byref(self._described))
+        self._check_words(path)
         self._pool = self._lib.lookupffn_pool_new(threads) if threads > 1 else None
         if threads > 1 and not self._pool:
             raise InputError(f"the system gives no {threads} threads")
         self._local = threading.local()  # a workspace a thread, kept from call to call
         self._tokenizer: Any = None
         self._handle, self._width = register(self, path), self.hidden_size  # what compilers read: ctypes they cannot
+
+    def _check_words(self, path: Path) -> None:
+        """What the header says in words against the records' sizes."""
+        d, mask_token = self._described, int(self.metadata.get("mask_token_id", 0))
+        if self.labels and len(self.labels) != d.pooled_size:
+            raise InputError(f"{path} is damaged: {len(self.labels)} labels for {d.pooled_size} outputs")
+        if not 0 <= mask_token < d.vocab_size:
+            raise InputError(f"{path} is damaged: mask_token_id {mask_token} with {d.vocab_size} ids")
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None):
@@ -125,7 +137,7 @@ class Session:
 
     @property
     def pooling(self) -> str:
-        return POOLING_NAMES[self._described.pooling]
+        return next(name for name, number in POOLINGS.items() if number == self._described.pooling)
 
     @property
     def labels(self) -> list[str]:
@@ -206,8 +218,10 @@ class Session:
         if rule == "ids":
             real = ids != int(self.metadata["pad_token_id"])
             positions = (np.cumsum(real, 1) * real + d.first_position - 1).clip(0)
-        elif rule == "index" and not (mask[:, :-1] >= mask[:, 1:]).all():  # padding on the left, or holes
+        elif rule in ("index", "first") and not (mask[:, :-1] >= mask[:, 1:]).all():  # padding on the left, or holes
             positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) + d.first_position
+            if rule == "first":
+                positions = positions - mask.argmax(1)[:, None]
         offsets = None
         if (np.diff(mask, axis=1) & mask[:, 1:]).sum(1).max(initial=0) + mask[:, :1].max(initial=0) > 1:  # holes
             offsets = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
@@ -255,12 +269,13 @@ class Session:
             require("hf", "Session.embed")
             from tokenizers import Tokenizer
 
-            path = self.folder / "tokenizer.json"
+            path = self._file.parent / "tokenizer.json"
             if not path.is_file():
                 raise InputError(f"{self.folder} holds no tokenizer.json: export the model with its tokenizer")
             tokenizer = Tokenizer.from_file(str(path))
             tokenizer.no_padding()
-            tokenizer.enable_truncation(int(self.metadata["max_length"]))
+            side = (tokenizer.truncation or {}).get("direction", "right")
+            tokenizer.enable_truncation(int(self.metadata["max_length"]), direction=side)
             self._tokenizer = tokenizer  # whole, as another thread may be here
         return self._tokenizer
 
@@ -319,34 +334,41 @@ class Session:
     def _batches(self, texts: list, progress: bool, mask_token: int | None = None) -> Iterator[tuple]:
         """Places in the list, ids, mask and types of texts of one length or nearly so; where their ``mask_token`` is
         given, few enough of these to be answered at once."""
-        encodings = self.tokenizer.encode_batch_fast(texts)
-        for i, encoding in enumerate(encodings):
-            if not encoding.ids:  # by its place in the list, which _run does not know
-                raise InputError(f"text {i} has no tokens: every text needs at least one")
-        order = sorted(range(len(texts)), key=lambda i: len(encodings[i].ids))
+        with _bar(len(texts), progress) as bar:
+            for start in range(0, len(texts), TEXTS_AT_ONCE):
+                encodings = self.tokenizer.encode_batch_fast(texts[start : start + TEXTS_AT_ONCE])
+                for i, encoding in enumerate(encodings):
+                    if not encoding.ids:  # by its place in the list, which _run does not know
+                        raise InputError(f"text {start + i} has no tokens: every text needs at least one")
+                for group in self._groups(encodings, mask_token):
+                    length = len(encodings[group[-1]].ids)
+                    ids, mask = np.zeros((len(group), length), np.int32), np.zeros((len(group), length), bool)
+                    types = np.zeros_like(ids)
+                    for row, i in enumerate(group):
+                        size = len(encodings[i].ids)
+                        ids[row, :size], types[row, :size] = encodings[i].ids, encodings[i].type_ids
+                        mask[row, :size] = True
+                    yield [start + i for i in group], ids, mask, types
+                    bar.update(len(group))
+
+    def _groups(self, encodings: list, mask_token: int | None) -> list[list[int]]:
         most = max(1, LOGITS_AT_ONCE // self._described.pooled_size)
         groups: list[list[int]] = []
         masks = 0
-        for i in order:
+        for i in sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids)):
             count = 0 if mask_token is None else encodings[i].ids.count(mask_token)
             masks += count
             if not groups or (len(groups[-1]) + 1) * len(encodings[i].ids) > TOKENS_AT_ONCE or masks > most:
                 groups.append([])
                 masks = count
             groups[-1].append(i)
-        steps: Any = groups
-        if progress:
-            from tqdm import tqdm
+        return groups
 
-            steps = tqdm(groups, unit="batch")
-        for group in steps:
-            length = len(encodings[group[-1]].ids)
-            ids, mask = np.zeros((len(group), length), np.int32), np.zeros((len(group), length), bool)
-            types = np.zeros_like(ids)
-            for row, i in enumerate(group):
-                size = len(encodings[i].ids)
-                ids[row, :size], types[row, :size], mask[row, :size] = encodings[i].ids, encodings[i].type_ids, True
-            yield group, ids, mask, types
+
+def _bar(total: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="text", disable=not shown)
 
 
 def _texts(texts: Sequence[str], name: str) -> list[str]:

@@ -110,7 +110,7 @@ def test_folders_that_are_not_what_they_say_are_refused_by_layer(tmp_path):
         (dict(tables="fp4"), "tables must be one of float32, bfloat16, int8, int4, not 'fp4'"),
         (dict(projection="bfloat16"), "projection must be one of float32, int16, int8, not 'bfloat16'"),
         (dict(layers={"layers.0.ffn": "int8"}), r"layers\['layers.0.ffn'\] must be \[dtype of tables"),
-        (dict(bits=4), r"of the fields tables, projection and layers, not \['bits'\]"),
+        (dict(bits=4), r"of the fields tables, projection, layers and lookups, not \['bits'\]"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(fields, reason):

@@ -212,29 +212,6 @@ def test_an_input_that_is_far_larger_than_the_others_does_not_take_their_integer
     assert error.square().mean().sqrt() < 0.02 * expected[mask == 1].std()
 
 
-@pytest.mark.parametrize("linears", ["float32", "int8"])
-@pytest.mark.parametrize("name", ["bert", "own, lookup", "own, causal", "mpnet", "modernbert"])
-def test_a_text_has_the_same_bits_alone_in_any_batch_and_on_any_threads(name, linears, exported):
-    folder, _ = exported(name, linears, pooling="mean", normalise=True)
-    generator = np.random.default_rng(0)
-    sessions = [Session(folder, threads) for threads in (1, 2, 3, 4)]
-    lengths = [1, 150, 7, 16, 33, 2, 48, 97, 15, 64]
-    texts = [generator.integers(0, VOCAB, (1, length)) for length in lengths]
-    alone = [sessions[0](text)[0] for text in texts]
-    vectors = [sessions[0].pool(text)[0] for text in texts]
-    for _ in range(12):
-        chosen = generator.permutation(len(texts))[: generator.integers(1, len(texts) + 1)]
-        longest = max(lengths[i] for i in chosen) + int(generator.integers(0, 9))
-        ids, mask = np.zeros((len(chosen), longest), int), np.zeros((len(chosen), longest), int)
-        for row, i in enumerate(chosen):
-            ids[row, : lengths[i]], mask[row, : lengths[i]] = texts[i], 1
-        session = sessions[generator.integers(len(sessions))]
-        found, pooled = session(ids, mask), session.pool(ids, mask)
-        for row, i in enumerate(chosen):
-            assert np.array_equal(found[row, : lengths[i]].view(np.int32), alone[i].view(np.int32))
-            assert np.array_equal(pooled[row].view(np.int32), vectors[i].view(np.int32))
-
-
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_pooled_vectors(pooling, normalise, exported):
@@ -326,11 +303,21 @@ def test_all_bytes_of_a_small_model_are_those_of_version_2(linears, tmp_path):
     assert hashlib.sha256(data).hexdigest()[:16] == GOLDEN_MODELS[linears]
 
 
-def test_labels_that_are_no_list_are_refused(tmp_path):
+@pytest.mark.parametrize(("labels", "said"), [(b"{}", r"labels '\{\}'"), (b"[1,2,3]", "3 labels for 48 outputs")])
+def test_labels_that_do_not_fit_are_refused(labels, said, tmp_path):
     file = export(bert(), tmp_path) / MODEL_FILE
-    file.write_bytes(file.read_bytes().replace(b'"labels":"[]"', b'"labels":"{}"'))
-    with pytest.raises(InputError, match=r"labels '\{\}'"):
+    data, added = file.read_bytes(), len(labels) - 2
+    data = data.replace(b'"labels":"[]"', b'"labels":"' + labels + b'"')
+    file.write_bytes(data.replace(b" " * added, b"", 1) if added else data)
+    with pytest.raises(InputError, match=said):
         Session(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_not_taken_over(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds a tokenizer\.json"):
+        export(bert(), tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == "{}"
 
 
 def test_a_head_that_is_left_out_is_said(tmp_path):

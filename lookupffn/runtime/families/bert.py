@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lookupffn.branches import BranchedLookupFFN
+from lookupffn.branches import CONVERTED
 from lookupffn.errors import InputError
-from lookupffn.layer import LookupFFN
 from lookupffn.runtime.graph import (
     Dense,
     Graph,
@@ -72,6 +71,6 @@ def _layer(layer: Any, config: Any, number: int) -> Layer:
 
 def feed_forward(layer: Any, config: Any, number: int) -> Any:
     """The dense FFN of a layer, or the lookup that conversion put in the place of its second linear."""
-    if type(layer.output.dense) in (LookupFFN, BranchedLookupFFN):
+    if type(layer.output.dense) in CONVERTED:
         return layer.output.dense
     return Dense(layer.intermediate.dense, layer.output.dense, activation_of(config.hidden_act, f"layer {number}"))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lookupffn.branches import BranchedLookupFFN
-from lookupffn.layer import LookupFFN
+from lookupffn.branches import CONVERTED
 from lookupffn.runtime.graph import (
     Dense,
     Graph,
@@ -58,6 +57,6 @@ def graph(model: Any) -> Graph:
 
 
 def _feed_forward(ffn: Any, config: Any, number: int) -> Any:
-    if type(ffn) in (LookupFFN, BranchedLookupFFN):
+    if type(ffn) in CONVERTED:
         return ffn
     return Dense(ffn.lin1, ffn.lin2, activation_of(config.activation, f"layer {number}"))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lookupffn.branches import BranchedLookupFFN
+from lookupffn.branches import CONVERTED
 from lookupffn.errors import InputError
-from lookupffn.layer import LookupFFN
 from lookupffn.runtime.graph import (
     Dense,
     Graph,
@@ -29,7 +28,7 @@ def graph(model: Any) -> Graph:
         ffn: Any = layer.ffn
         if type(ffn).__name__ == "DenseFFN":
             ffn = Dense(ffn.up, ffn.down, "gelu")
-        elif type(ffn) not in (LookupFFN, BranchedLookupFFN):
+        elif type(ffn) not in CONVERTED:
             raise InputError(f"layer {number}: a {type(ffn).__name__} cannot be exported; export before packing")
         layers.append(
             Layer(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lookupffn.branches import CONVERTED
 from lookupffn.errors import InputError
 from lookupffn.runtime.graph import (
     Dense,
@@ -46,6 +47,7 @@ def graph(model: Any) -> Graph:
         rotations=tuple(_rotations(body.rotary_emb, config, kind) for kind in kinds),
         window=window,
         global_every=every,
+        position_rule="first",
         pad_token_id=config.pad_token_id or 0,
         **_head(model),
     )
@@ -92,6 +94,8 @@ def _layer(layer: Any, config: Any, number: int) -> Layer:
     if hasattr(ffn, "Wi"):
         up, gate = (Linear(*part) for part in zip(ffn.Wi.weight.chunk(2), _bias(ffn.Wi, 2), strict=True))
         ffn = Dense(up, ffn.Wo, activation_of(config.hidden_activation, f"layer {number}"), gate)
+    elif type(ffn) not in CONVERTED:
+        raise InputError(f"layer {number}: a {type(ffn).__name__} cannot be exported")
     return Layer(
         attention_norm=None if isinstance(layer.attn_norm, torch.nn.Identity) else Norm.of(layer.attn_norm),
         query=query,

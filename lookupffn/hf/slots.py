@@ -56,7 +56,7 @@ def slots_of(model: Any) -> list[Slot]:
         known = ", ".join(sorted(FAMILIES))
         raise InputError(
             f"{type(model).__name__} of model_type {kind!r} cannot be converted; known are {known}. Register a "
-            "function that yields its layers: lookupffn.convert.slots.register"
+            "function that yields its layers: lookupffn.hf.slots.register"
         )
     return list(FAMILIES[kind](getattr(model, model.base_model_prefix, model)))
 
