@@ -73,6 +73,7 @@ std::string check_config(const EncoderConfig& c) {
     return field("window", c.window);
   if (c.window ? c.global_every < 1 || c.global_every > kMostLayers : c.global_every != 0)
     return field("global_every", c.global_every);
+  if (c.embedding_width < 0 || c.embedding_width > kMostFeatures) return field("embedding_width", c.embedding_width);
   if (c.first_position < 0 || c.first_position >= c.max_positions) return field("first_position", c.first_position);
   return "";
 }
@@ -171,9 +172,9 @@ std::string open_encoder(Bytes model, Encoder* e) {
   if (!(wrong = check_config(c)).empty()) return wrong;
 
   Records records(model, model.data + sizeof h + 128, int(count));
-  const auto norm = [&](const char* name, Norm* n) {
+  const auto norm = [&](const char* name, int width, Norm* n) {
     std::string wrong = records.next(name, open_norm, n);
-    return wrong.empty() && n->width != c.width ? std::string(name) + " is of another width" : wrong;
+    return wrong.empty() && n->width != width ? std::string(name) + " is of another width" : wrong;
   };
   const auto embedding = [&](const char* name, int rows, int width, Embedding* table) {
     std::string wrong = records.next(name, open_embedding, table);
@@ -181,8 +182,9 @@ std::string open_encoder(Bytes model, Encoder* e) {
     return wrong;
   };
   const int distances = 2 * c.max_positions + kLanes - 2;  // and what a vector reads behind the last
-  if (!(wrong = embedding("words", c.vocab_size, c.width, &e->words)).empty()) return wrong;
-  if (!c.rotary && !(wrong = embedding("positions", c.max_positions, c.width, &e->positions)).empty()) return wrong;
+  const int embedded = c.embedding_width ? c.embedding_width : c.width;
+  if (!(wrong = embedding("words", c.vocab_size, embedded, &e->words)).empty()) return wrong;
+  if (!c.rotary && !(wrong = embedding("positions", c.max_positions, embedded, &e->positions)).empty()) return wrong;
   for (int i = 0; i < (c.rotary ? c.window ? 2 : 1 : 0); i++)
     if (!(wrong = embedding("rotations", c.max_positions, c.head_dim, &e->rotations[i])).empty()) return wrong;
   if (c.relative && !(wrong = embedding("relative", c.heads, distances, &e->relative)).empty()) return wrong;
@@ -191,23 +193,28 @@ std::string open_encoder(Bytes model, Encoder* e) {
     const int middle = c.max_positions - 1;
     for (int i = std::max(0, middle - c.window); i <= middle + c.window && i < distances; i++) e->window_bias[i] = 0;
   }
-  if (c.type_vocab_size && !(wrong = embedding("types", c.type_vocab_size, c.width, &e->types)).empty()) return wrong;
-  if (c.embedding_norm && !(wrong = norm("embedding norm", &e->embedding_norm)).empty()) return wrong;
+  if (c.type_vocab_size && !(wrong = embedding("types", c.type_vocab_size, embedded, &e->types)).empty()) return wrong;
+  if (c.embedding_norm && !(wrong = norm("embedding norm", embedded, &e->embedding_norm)).empty()) return wrong;
+  if (c.embedding_width) {
+    wrong = records.next("embedding projection", open_linear, &e->embedding_projection);
+    if (wrong.empty()) wrong = fits("embedding projection", e->embedding_projection, embedded, c.width);
+    if (!wrong.empty()) return wrong;
+  }
   e->layers.resize(size_t(c.layers));
-  e->widest = c.padded;
+  e->widest = std::max(c.padded, e->words.padded);
   for (EncoderLayer& l : e->layers) {
     const bool bare = c.bare_start && &l == &e->layers[0];
-    if (!bare && !(wrong = norm("attention norm", &l.attention_norm)).empty()) return wrong;
+    if (!bare && !(wrong = norm("attention norm", c.width, &l.attention_norm)).empty()) return wrong;
     if (!(wrong = records.next("query, key, value", open_linear, &l.query_key_value)).empty()) return wrong;
     if (!(wrong = fits("query, key, value", l.query_key_value, c.width, 3 * c.attention_width())).empty()) return wrong;
     if (!(wrong = records.next("output", open_linear, &l.output)).empty()) return wrong;
     if (!(wrong = fits("output", l.output, c.attention_width(), c.width)).empty()) return wrong;
-    if (!(wrong = norm("ffn norm", &l.ffn_norm)).empty()) return wrong;
+    if (!(wrong = norm("ffn norm", c.width, &l.ffn_norm)).empty()) return wrong;
     if (!(wrong = open_ffn(&records, c.width, c.gated, &l)).empty()) return wrong;
     e->widest = std::max({e->widest, l.output.block_in, l.has_lookup ? 0 : l.up.block_out,
                           l.branches.low_rank ? l.reduce.block_out : 0});
   }
-  if (c.final_norm && !(wrong = norm("final norm", &e->final_norm)).empty()) return wrong;
+  if (c.final_norm && !(wrong = norm("final norm", c.width, &e->final_norm)).empty()) return wrong;
   e->head.resize(size_t(c.head));
   e->head_widest = c.padded;
   int in = c.width;

@@ -21,15 +21,16 @@ struct EncoderConfig {
   int32_t embedding_norm, final_norm, causal;
   Pooling pooling;
   int32_t normalise;
-  int32_t first_position;  // of a text's first token, where positions are not given
-  int32_t head;            // linears behind the pooling, as of a classifier
-  int32_t head_norm;       // behind the first of them
-  int32_t bare_start;      // the first layer's attention takes the embeddings as they are, without its norm
-  int32_t gated;           // dense FFNs are down(activation(up x) * gate x)
-  int32_t rotary;          // positions turn queries and keys, and are not embedded
-  int32_t relative;        // scores have a bias by head and distance
-  int32_t window;          // of local layers: keys further away are not attended to; 0: no layer is local
-  int32_t global_every;    // with a window: layers 0, n, 2 n, ... attend to all keys
+  int32_t first_position;   // of a text's first token, where positions are not given
+  int32_t head;             // linears behind the pooling, as of a classifier
+  int32_t head_norm;        // behind the first of them
+  int32_t bare_start;       // the first layer's attention takes the embeddings as they are, without its norm
+  int32_t gated;            // dense FFNs are down(activation(up x) * gate x)
+  int32_t rotary;           // positions turn queries and keys, and are not embedded
+  int32_t relative;         // scores have a bias by head and distance
+  int32_t window;           // of local layers: keys further away are not attended to; 0: no layer is local
+  int32_t global_every;     // with a window: layers 0, n, 2 n, ... attend to all keys
+  int32_t embedding_width;  // of embeddings that a linear takes to the width of layers; 0: they have it, without one
 
   bool is_local(int layer) const { return window && layer % global_every; }
   int attention_width() const { return heads * head_dim; }
@@ -52,6 +53,7 @@ struct Encoder {
   Embedding rotations[2];  // [max_positions][head_dim], of global and of local layers
   Embedding relative;      // [heads][2 max_positions + 14], from distance 1 - max_positions on
   Norm embedding_norm, final_norm, head_norm;
+  Linear embedding_projection;  // with an embedding_width
   std::vector<EncoderLayer> layers;
   std::vector<Linear> head;
   std::vector<float> window_bias;  // a row as of `relative`: 0 within the window, minus infinity behind

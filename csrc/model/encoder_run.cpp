@@ -161,20 +161,20 @@ struct Chunk {
   void embed() const {
     const EncoderConfig& c = config();
     const Batch& b = call.batch;
-    int64_t token = 0;
-    for (int64_t text = first; text < last; text++)
-      for (int32_t i = 0; i < b.lengths[text]; i++, token++) {
+    const size_t padded = size_t(e().words.padded);
+    tiles([&](const ThreadMemory& m, int64_t t, int count) {
+      float* const sums = c.embedding_width ? m.rows[0] : x_of(t);
+      in_texts(t, t + count, [&](int64_t token, int i, int) {
         const int64_t at = start + token;
-        const int32_t position = position_of(at, i);
-        AddRowsArgs args = {.rows = {}, .count = 1, .padded = c.padded, .y = x_of(token)};
-        args.rows[0] = e().words.values + size_t(b.ids[at]) * c.padded;
-        if (!c.rotary) args.rows[args.count++] = e().positions.values + size_t(position) * c.padded;
-        if (c.type_vocab_size)
-          args.rows[args.count++] = e().types.values + size_t(b.types ? b.types[at] : 0) * c.padded;
+        AddRowsArgs args = {.rows = {}, .count = 1, .padded = int(padded), .y = sums + size_t(token - t) * padded};
+        args.rows[0] = e().words.values + size_t(b.ids[at]) * padded;
+        if (!c.rotary) args.rows[args.count++] = e().positions.values + size_t(position_of(at, i)) * padded;
+        if (c.type_vocab_size) args.rows[args.count++] = e().types.values + size_t(b.types ? b.types[at] : 0) * padded;
         call.k.encoder->add_rows(args);
-      }
-    if (c.embedding_norm)
-      tiles([&](const ThreadMemory&, int64_t t, int count) { norm(e().embedding_norm, x_of(t), count, x_of(t)); });
+      });
+      if (c.embedding_norm) norm(e().embedding_norm, sums, count, sums);
+      if (c.embedding_width) linear(m, e().embedding_projection, sums, padded, count, x_of(t), size_t(c.padded));
+    });
   }
 
   // Of a head's scores, at distance 0; or null.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lookupffn.layer import LookupConfig, LookupFFN
-from lookupffn.runtime.graph import Dense, Graph
+from lookupffn.runtime.graph import Dense, Graph, Layer
 
 SHAPES = {  # layers, width, heads and width of the FFN, of BERT's kind and vocabulary
     "minilm": (6, 384, 12, 1536),
@@ -44,14 +44,15 @@ def with_lookups(graph: Graph, seed: int) -> Graph:
     Tables grow with the width, 64 at 384 and 128 at 768: 5.8 and 8.5 times fewer multiply-adds than the dense FFN.
     """
     config = LookupConfig(graph.width, graph.width, max(1, graph.width // 6), CODE_BITS, reads=READS)
-    layers = []
+    made: dict[int, Layer] = {}  # by the layer's id: one that is shared stays so
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for layer in graph.layers:
-            ffn = LookupFFN(config)
-            nn.init.normal_(ffn.tables)
-            layers.append(dataclasses.replace(layer, ffn=ffn))
-    return dataclasses.replace(graph, layers=layers)
+            if id(layer) not in made:
+                ffn = LookupFFN(config)
+                nn.init.normal_(ffn.tables)
+                made[id(layer)] = dataclasses.replace(layer, ffn=ffn)
+    return dataclasses.replace(graph, layers=[made[id(layer)] for layer in graph.layers])
 
 
 def longest(graph: Graph) -> int:
@@ -75,6 +76,8 @@ def ffn_flops(graph: Graph) -> int:
 def flops_per_token(graph: Graph, lengths: np.ndarray) -> int:
     """Two a multiply-add of the linears, of attention and of FFNs, for texts of these lengths without padding."""
     linears = attended = 0
+    if graph.embedding_projection is not None:
+        linears += 2 * graph.embedding_projection.weight.numel()
     for layer in graph.layers:
         parts = (layer.query.weight, layer.key.weight, layer.value.weight, layer.output.weight)
         linears += 2 * sum(weight.numel() for weight in parts)

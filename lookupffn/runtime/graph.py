@@ -70,6 +70,8 @@ class Layer:
 class Graph:
     """An encoder: ``words (+ positions) (+ types)``, normed or not, then layers, with norms before or behind sums.
 
+    embedding_projection: behind the embeddings' norm, to the width of the layers where that is another.
+    layers: a layer that stands here several times, as ALBERT's do, is stored once.
     rotations: of rotary positions, one ``(max_positions, head_dim)`` for all layers or one for global and one for local
         ones: cosines for the pairs ``(i, i + head_dim / 2)``, then sines.
     relative: added to attention scores, ``(heads, 2 max_positions - 1)`` by the key's distance from the query, from
@@ -103,10 +105,13 @@ class Graph:
     head_norm: Norm | None = None
     labels: tuple[str, ...] = ()  # of the outputs of a classifier
     mask_token_id: int | None = None  # of a masked LM, where its tokenizer is known
+    embedding_projection: Product | None = None
 
     @property
     def width(self) -> int:
-        return self.words.shape[1]
+        if self.embedding_projection is None:
+            return self.words.shape[1]
+        return self.embedding_projection.weight.shape[0]
 
     @property
     def head_dim(self) -> int:

@@ -124,7 +124,10 @@ def token_rows_record(rows: TokenRows, tables: str, vocab_size: int) -> Tensor:
 
 
 def records_of(graph: Graph, linears: str, tables: str) -> Iterator[tuple[str, Tensor]]:
-    """The records of a model in the order of its graph, each with its name; that of the model itself is made last."""
+    """The records of a model in the order of its graph, each with its name; that of the model itself is made last.
+
+    Those of a layer that is shared come again wherever it stands, under the names of its first place.
+    """
     yield "words", embedding_record(graph.words)
     if graph.positions is not None:
         yield "positions", embedding_record(graph.positions)
@@ -136,9 +139,14 @@ def records_of(graph: Graph, linears: str, tables: str) -> Iterator[tuple[str, T
         yield "types", embedding_record(graph.types)
     if graph.embedding_norm:
         yield "embedding_norm", norm_record(graph.embedding_norm)
+    if graph.embedding_projection:
+        yield "embedding_projection", linear_record(graph.embedding_projection, linears)
+    made: dict[int, list[tuple[str, Tensor]]] = {}  # by the layer's id
     for i, layer in enumerate(graph.layers):
-        for name, record in _layer_records(graph, layer, linears, tables):
-            yield f"layers.{i}.{name}", record
+        if id(layer) not in made:
+            named = _layer_records(graph, layer, linears, tables)
+            made[id(layer)] = [(f"layers.{i}.{name}", record) for name, record in named]
+        yield from made[id(layer)]
     if graph.final_norm:
         yield "final_norm", norm_record(graph.final_norm)
     for i, (linear, activation) in enumerate(graph.head):
@@ -203,8 +211,11 @@ def _layer_records(graph: Graph, layer: Layer, linears: str, tables: str) -> Ite
         yield f"token_rows.{i}", token_rows_record(rows, tables, len(graph.words))
 
 
-def model_record(graph: Graph, records: dict[str, Tensor]) -> Tensor:
-    """The first record: the numbers of ``EncoderConfig`` (csrc/model/encoder.h), then place and size of the others."""
+def model_record(graph: Graph, names: list[str], records: dict[str, Tensor]) -> Tensor:
+    """The first record: the numbers of ``EncoderConfig`` (csrc/model/encoder.h), then place and size of the others.
+
+    ``names`` are those of the records in the order of the graph, ``records`` what is stored.
+    """
     numbers = [
         graph.words.shape[0],
         graph.width,
@@ -229,14 +240,16 @@ def model_record(graph: Graph, records: dict[str, Tensor]) -> Tensor:
         int(graph.relative is not None),
         graph.window,
         graph.global_every,
+        0 if graph.embedding_projection is None else graph.words.shape[1],
     ]
     config = F.pad(torch.tensor(numbers, dtype=torch.int32), (0, CONFIG_BYTES // 4 - len(numbers)))
-    own = RECORD.itemsize + CONFIG_BYTES + round_up(16 * len(records), 64)
-    places, position = [], own
-    for record in records.values():
-        places.append((position, record.numel()))
+    position = RECORD.itemsize + CONFIG_BYTES + round_up(16 * len(names), 64)
+    places = {}
+    for name, record in records.items():
+        places[name] = position, record.numel()
         position += record.numel()
-    return _record("model", [len(records)], [config, torch.tensor(places, dtype=torch.int64)])
+    listed = torch.tensor([places[name] for name in names], dtype=torch.int64)
+    return _record("model", [len(names)], [config, listed])
 
 
 def _check_finite(graph: Graph, parts: dict[str, Tensor | None]) -> None:
@@ -248,7 +261,9 @@ def _check_finite(graph: Graph, parts: dict[str, Tensor | None]) -> None:
 def _weights(graph: Graph) -> dict[str, Tensor | None]:
     """Every weight of a model but those of lookups, which look at their own."""
     found = {"words": graph.words, "positions": graph.positions, "types": graph.types, "relative": graph.relative}
-    parts: dict[str, Product | Norm | None] = {"embedding_norm": graph.embedding_norm, "final_norm": graph.final_norm}
+    parts: dict[str, Product | Norm | None] = {
+        name: getattr(graph, name) for name in ("embedding_norm", "embedding_projection", "final_norm")
+    }
     for i, layer in enumerate(graph.layers):
         named = {
             name: getattr(layer, name) for name in ("attention_norm", "query", "key", "value", "output", "ffn_norm")
@@ -276,11 +291,10 @@ def model_bytes(graph: Graph, linears: str, tables: str) -> list[bytes | memoryv
     if tables not in TABLE_TYPES:
         raise InputError(f"tables must be one of {', '.join(TABLE_TYPES)}, not {tables!r}")
     _check_finite(graph, _weights(graph))
-    records = {}
     with torch.no_grad():
-        for name, record in records_of(graph, linears, tables):
-            records[name] = record
-    records = {"model": model_record(graph, records)} | records
+        listed = list(records_of(graph, linears, tables))
+        records = dict(listed)
+        records = {"model": model_record(graph, [name for name, _ in listed], records)} | records
     tensors, position = {}, 0
     for name, record in records.items():
         tensors[name] = {"dtype": "U8", "shape": [len(record)], "data_offsets": [position, position + len(record)]}

@@ -157,9 +157,9 @@ std::string test_models(const Options& options) {
     const EncoderConfig& c = model.config;
     const std::string name = text(
         "model %d: width %d, %d layers, %d heads of %d, %d positions from %d on, pooling %d, %d linears behind, "
-        "head norm %d, bare start %d, gated %d, rotary %d, relative %d, window %d, every %d global",
+        "head norm %d, bare start %d, gated %d, rotary %d, relative %d, window %d, every %d global, embeddings of %d",
         n, c.width, c.layers, c.heads, c.head_dim, c.max_positions, c.first_position, int(c.pooling), c.head,
-        c.head_norm, c.bare_start, c.gated, c.rotary, c.relative, c.window, c.global_every);
+        c.head_norm, c.bare_start, c.gated, c.rotary, c.relative, c.window, c.global_every, c.embedding_width);
     set_case(name);
     const GuardedBytes guarded(model.bytes);
     Encoder e;
@@ -231,7 +231,8 @@ std::string test_models(const Options& options) {
     Vector between = model.bytes;
     const Place last = model.places.back(), moved = {model.bytes.size() + 32, last.bytes};
     between.resize(moved.begin);
-    between.insert(between.end(), model.bytes.end() - int64_t(last.bytes), model.bytes.end());
+    const auto sound = model.bytes.begin() + int64_t(last.begin);
+    between.insert(between.end(), sound, sound + int64_t(last.bytes));
     memcpy(&between[list + 16 * size_t(count - 1)], &moved, sizeof moved);
     refusals.expect("a record 32 bytes behind a multiple of 64", GuardedBytes(between).bytes());
     refused += refusals.count;

@@ -132,18 +132,26 @@ struct Model {
   std::vector<Place> places;  // of the records behind the first
 };
 
+// Records that are equal, as those of layers that are shared, are stored once.
 inline Model model_of(const EncoderConfig& config, const std::vector<Vector>& records) {
   Model model = {config, {}, {}};
+  std::vector<const Vector*> stored;
   uint64_t begin = sizeof(RecordHeader) + 128 + round_up(16 * records.size(), 64);
-  for (const Vector& record : records) {
-    model.places.push_back({begin, record.size()});
-    begin += record.size();
+  for (auto record = records.begin(); record != records.end(); record++) {
+    const auto first = std::find(records.begin(), record, *record);
+    if (first != record) {
+      model.places.push_back(model.places[size_t(first - records.begin())]);
+      continue;
+    }
+    stored.push_back(&*record);
+    model.places.push_back({begin, record->size()});
+    begin += record->size();
   }
   Vector numbers(128, 0), list(16 * records.size(), 0);
   memcpy(numbers.data(), &config, sizeof config);
   memcpy(list.data(), model.places.data(), list.size());
   model.bytes = record_of(RecordKind::kModel, {int32_t(records.size())}, {numbers, list});
-  for (const Vector& record : records) model.bytes.insert(model.bytes.end(), record.begin(), record.end());
+  for (const Vector* record : stored) model.bytes.insert(model.bytes.end(), record->begin(), record->end());
   return model;
 }
 
@@ -174,25 +182,34 @@ inline Model random_model(Random& random, bool alike = false) {
     c.window = random.between(1, std::min(12, c.max_positions));
     c.global_every = random.between(1, 3);
   }
+  c.embedding_width = random.pick({0, 0, 1, 64, 70, 130});
   const WeightType floats = random.one_in(2) ? WeightType::kFloat32 : WeightType::kBFloat16;
   const WeightType type = alike || random.one_in(3) ? floats : WeightType::kInt8;
   const bool rms = random.one_in(3);
-  std::vector<Vector> records = {embedding_record(c.vocab_size, c.width, random)};
-  if (!c.rotary) records.push_back(embedding_record(c.max_positions, c.width, random));
+  const int embedded = c.embedding_width ? c.embedding_width : c.width;
+  std::vector<Vector> records = {embedding_record(c.vocab_size, embedded, random)};
+  if (!c.rotary) records.push_back(embedding_record(c.max_positions, embedded, random));
   for (int i = 0; i < (c.rotary ? c.window ? 2 : 1 : 0); i++)
     records.push_back(embedding_record(c.max_positions, c.head_dim, random));
   if (c.relative) records.push_back(embedding_record(c.heads, 2 * c.max_positions + 14, random));
-  const auto norm = [&] { records.push_back(norm_record(c.width, rms, 1e-6f, random)); };
+  const auto norm = [&](int width) { records.push_back(norm_record(width, rms, 1e-6f, random)); };
   const auto linear = [&](int in, int out) {
     records.push_back(linear_record(in, out, type, Activation(random.below(6)), random));
   };
-  if (c.type_vocab_size) records.push_back(embedding_record(c.type_vocab_size, c.width, random));
-  if (c.embedding_norm) norm();
+  if (c.type_vocab_size) records.push_back(embedding_record(c.type_vocab_size, embedded, random));
+  if (c.embedding_norm) norm(embedded);
+  if (c.embedding_width) linear(embedded, c.width);
+  const size_t first_layer = records.size();
   for (int i = 0; i < c.layers; i++) {
-    if (i || !c.bare_start) norm();
+    if (i && !c.bare_start && random.one_in(3)) {  // the layer before once more
+      const std::vector<Vector> shared(records.begin() + long(first_layer), records.end());
+      records.insert(records.end(), shared.begin(), shared.end());
+      continue;
+    }
+    if (i || !c.bare_start) norm(c.width);
     records.push_back(linear_record(c.width, 3 * c.attention_width(), type, Activation::kNone, random));
     records.push_back(linear_record(c.attention_width(), c.width, type, Activation::kNone, random));
-    norm();
+    norm(c.width);
     if (!alike && random.one_in(2)) {
       records.push_back(lookup_record(c.width, random));
       if (random.one_in(2))
@@ -204,13 +221,13 @@ inline Model random_model(Random& random, bool alike = false) {
       linear(middle, c.width);
     }
   }
-  if (c.final_norm) norm();
+  if (c.final_norm) norm(c.width);
   int in = c.width;
   for (int i = 0; i < c.head; i++) {
     const int out = random.pick({1, 3, 70});
     linear(in, out);
     in = out;
-    if (i == 0 && c.head_norm) records.push_back(norm_record(out, rms, 1e-6f, random));
+    if (i == 0 && c.head_norm) norm(out);
   }
   return model_of(c, records);
 }

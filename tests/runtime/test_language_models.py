@@ -11,6 +11,8 @@ from transformers import (
     BertTokenizerFast,
     DistilBertConfig,
     DistilBertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
     MPNetConfig,
@@ -45,6 +47,7 @@ MODELS = {
         DistilBertConfig(vocab_size=VOCAB, dim=48, n_heads=3, n_layers=2, hidden_dim=100)
     ),
     "mpnet": lambda: MPNetForMaskedLM(MPNetConfig(**SIZES | {"pad_token_id": 1})),
+    "electra": lambda: ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=24, hidden_act="relu")),
     "modernbert": lambda: ModernBertForMaskedLM(ModernBertConfig(**SIZES, local_attention=12)),
     "own": lambda: own(LookupRobertaForMaskedLM),
     "own, causal": lambda: own(LookupRobertaForCausalLM, is_decoder=True),

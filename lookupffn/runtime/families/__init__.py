@@ -15,6 +15,7 @@ from lookupffn.runtime.graph import Graph
 FAMILIES = {
     "bert": "bert",
     "distilbert": "distilbert",
+    "electra": "electra",
     "lookup_roberta": "lookup_roberta",
     "modernbert": "modernbert",
     "mpnet": "mpnet",

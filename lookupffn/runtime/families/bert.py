@@ -32,7 +32,7 @@ def graph(model: Any) -> Graph:
 
 
 def body_graph(model: Any, **fields: Any) -> Graph:
-    """Of the modules that BERT and RoBERTa share; ``fields`` are those in which a family or a head differs."""
+    """Of the modules that BERT's kin share; ``fields`` are those in which a family or a head differs."""
     config = model.config
     family, body = config.model_type, getattr(model, model.base_model_prefix, model)
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
