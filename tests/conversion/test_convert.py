@@ -369,7 +369,7 @@ def randomised_teacher():
 
 
 @needs_runtime
-@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "electra"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "electra", "albert"])
 def test_a_converted_model_of_every_family_runs_in_the_runtime(family, tmp_path):
     """One layer of lookups, one without a feed-forward layer."""
     torch.manual_seed(0)

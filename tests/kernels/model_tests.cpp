@@ -227,6 +227,19 @@ std::string test_models(const Options& options) {
                              ~uint64_t(0), ~place.begin + 1, ~place.begin + 65, place.bytes + (uint64_t(1) << 32)})
         refusals.expect_at(text("a length of record %d", i), list + 16 * size_t(i) + 8, bytes);
     }
+    // A record that is sound by itself, with one feature more or fewer in the same padding: it does not fit the others.
+    for (int i = 0; i < count; i++) {
+      const uint64_t begin = model.places[size_t(i)].begin;
+      RecordHeader h;
+      memcpy(&h, &model.bytes[begin], sizeof h);
+      if (h.version != kRecordVersion || h.kind == RecordKind::kBranches) continue;
+      const bool linear = h.kind == RecordKind::kLinear, answers = c.head && i == count - 1;
+      const int first = linear || h.kind == RecordKind::kNorm ? 0 : 1, last = linear && !answers ? 1 : first;
+      for (int size = first; size <= last; size++) {
+        const int32_t other = h.size[size] % 64 ? h.size[size] + 1 : h.size[size] - 1;
+        refusals.expect_at(text("size %d of record %d", size, i), begin + 24 + 4 * size_t(size), other);
+      }
+    }
     // A sound record where none may begin, and the list says so.
     Vector between = model.bytes;
     const Place last = model.places.back(), moved = {model.bytes.size() + 32, last.bytes};

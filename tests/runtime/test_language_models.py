@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     BertConfig,
     BertForMaskedLM,
     BertTokenizerFast,
@@ -47,6 +49,7 @@ MODELS = {
         DistilBertConfig(vocab_size=VOCAB, dim=48, n_heads=3, n_layers=2, hidden_dim=100)
     ),
     "mpnet": lambda: MPNetForMaskedLM(MPNetConfig(**SIZES | {"pad_token_id": 1})),
+    "albert": lambda: AlbertForMaskedLM(AlbertConfig(**SIZES, embedding_size=24)),
     "electra": lambda: ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=24, hidden_act="relu")),
     "modernbert": lambda: ModernBertForMaskedLM(ModernBertConfig(**SIZES, local_attention=12)),
     "own": lambda: own(LookupRobertaForMaskedLM),

@@ -13,6 +13,9 @@ import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AlbertModel,
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -106,6 +109,11 @@ def electra(embedding_size=24, **changes):
     return randomised(ElectraModel(ElectraConfig(vocab_size=VOCAB, **sizes)))
 
 
+def albert(embedding_size=24, **changes):
+    sizes = SMALL | {"embedding_size": embedding_size, "max_position_embeddings": POSITIONS} | changes
+    return randomised(AlbertModel(AlbertConfig(vocab_size=VOCAB, **sizes)))
+
+
 def modernbert(**changes):
     """A window far smaller than the texts, and layers of both kinds on both sides of a global one."""
     sizes = SMALL | {"num_hidden_layers": 5, "local_attention": 22} | changes
@@ -123,6 +131,9 @@ MODELS = {
     "electra": electra,
     "electra, odd sizes": lambda: electra(70, hidden_size=40, num_attention_heads=2, intermediate_size=7),
     "electra, no projection": lambda: electra(48),
+    "albert": albert,
+    "albert, odd sizes": lambda: albert(70, hidden_size=40, num_attention_heads=2, intermediate_size=7),
+    "albert, groups": lambda: albert(48, num_hidden_layers=5, num_hidden_groups=2, inner_group_num=2),
     "modernbert": modernbert,
     "modernbert, biases, all global": lambda: modernbert(
         attention_bias=True, mlp_bias=True, norm_bias=True, layer_types=["full_attention"] * 5
@@ -138,7 +149,7 @@ MODELS = {
 }
 
 
-TYPED = (BertModel, ElectraModel)  # which have token types
+TYPED = (AlbertModel, BertModel, ElectraModel)  # which have token types
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +202,9 @@ def test_float32_is_the_model(name, exported):
         assert np.abs(session(ids.numpy()) - expected.numpy()).max() <= limit
 
 
-@pytest.mark.parametrize("name", ["bert", "bert, odd sizes", "own, dense", "mpnet", "modernbert, odd sizes", "electra"])
+@pytest.mark.parametrize(
+    "name", ["bert", "bert, odd sizes", "own, dense", "mpnet", "modernbert, odd sizes", "electra", "albert"]
+)
 def test_int8_is_near_the_model(name, exported):
     folder, model = exported(name, "int8")
     ids, mask, _ = batch()
@@ -250,6 +263,7 @@ CLASSIFIERS = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, **SMALL)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**SIZES, **SMALL, pad_token_id=1)),
     "mpnet": lambda: MPNetForSequenceClassification(MPNetConfig(**SIZES, **SMALL)),
+    "albert": lambda: AlbertForSequenceClassification(AlbertConfig(**SIZES, **SMALL, embedding_size=24)),
     "electra": lambda: ElectraForSequenceClassification(ElectraConfig(**SIZES, **SMALL, embedding_size=24)),
     "modernbert": lambda: ModernBertForSequenceClassification(
         ModernBertConfig(**SIZES, **SMALL, pad_token_id=1, classifier_pooling="mean", classifier_bias=True)
@@ -301,21 +315,30 @@ def test_texts_and_pairs_are_classified(sentence_transformer, tmp_path):
         encoder.classify(texts)
 
 
-GOLDEN_MODELS = {  # type of the linears: the first 8 bytes of a SHA-256
-    "float32": "3d38c06270ddc03e",
-    "int8": "0187e432b45073f4",
+GOLDEN_MODELS = {  # family, type of the linears: the first 8 bytes of a SHA-256
+    ("bert", "float32"): "3d38c06270ddc03e",
+    ("bert", "int8"): "0187e432b45073f4",
+    ("albert", "int8"): "2511623558e3a35c",
 }
 
 
-@pytest.mark.parametrize("linears", GOLDEN_MODELS)
-def test_all_bytes_of_a_small_model_are_those_of_version_2(linears, tmp_path):
+@pytest.mark.parametrize(("family", "linears"), GOLDEN_MODELS)
+def test_all_bytes_of_a_small_model_are_those_of_version_2(family, linears, tmp_path):
     """docs/format.md: a change here is a new version."""
-    model = BertForSequenceClassification(BertConfig(**SIZES, **SMALL))
+    model = CLASSIFIERS[family]()
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
             parameter.copy_(((torch.arange(parameter.numel()) * (i + 3) % 31 - 15) / 64).view_as(parameter))
     data = (export(model, tmp_path, linears=linears) / MODEL_FILE).read_bytes()
-    assert hashlib.sha256(data).hexdigest()[:16] == GOLDEN_MODELS[linears]
+    assert hashlib.sha256(data).hexdigest()[:16] == GOLDEN_MODELS[family, linears]
+
+
+def test_layers_that_are_shared_are_stored_once(tmp_path):
+    sizes = {
+        layers: export(albert(num_hidden_layers=layers), tmp_path / str(layers)).joinpath(MODEL_FILE).stat().st_size
+        for layers in (1, 12)
+    }
+    assert sizes[12] - sizes[1] < 2000  # eleven times the places of six records
 
 
 @pytest.mark.parametrize(("labels", "said"), [(b"{}", r"labels '\{\}'"), (b"[1,2,3]", "3 labels for 48 outputs")])
@@ -389,7 +412,7 @@ def test_input_that_does_not_fit_is_named(ids, mask, message, exported):
 
 def test_what_cannot_be_exported_is_named(tmp_path):
     sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 60, "num_hidden_layers": 1}
-    with pytest.raises(InputError, match="model_type 'longformer' cannot be exported; known are bert, distilbert,"):
+    with pytest.raises(InputError, match="model_type 'longformer' cannot be exported; known are albert, bert,"):
         export(LongformerModel(LongformerConfig(vocab_size=99, attention_window=8, **sizes)), tmp_path)
     with pytest.raises(InputError, match=r"modernbert with layer_types \['full_attention', 'full_attention', 'sliding"):
         export(modernbert(layer_types=["full_attention"] * 2 + ["sliding_attention"] * 3), tmp_path)
@@ -401,6 +424,8 @@ def test_what_cannot_be_exported_is_named(tmp_path):
         export(bert(act="quick_gelu"), tmp_path)
     with pytest.raises(InputError, match="electra as a decoder cannot be exported"):
         export(electra(is_decoder=True), tmp_path)
+    with pytest.raises(InputError, match="layers: activation 'quick_gelu' is none of"):
+        export(albert(hidden_act="quick_gelu"), tmp_path)
     sizes = {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
     with pytest.raises(InputError, match="modernbert with rope_type 'dynamic' cannot be exported"):
         export(modernbert(rope_parameters=sizes, layer_types=["full_attention"] * 5), tmp_path)
@@ -422,7 +447,7 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["own, lookup", "electra"])
+@pytest.mark.parametrize("name", ["own, lookup", "electra", "albert, groups"])
 def test_damaged_files_are_refused_and_never_crash(name, exported, tmp_path):
     """Every byte of headers and places changed in turn, and the file cut off anywhere: an error, or an answer."""
     folder, _ = exported(name, "int8")

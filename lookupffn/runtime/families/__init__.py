@@ -13,6 +13,7 @@ from lookupffn.runtime.graph import Graph
 
 # By transformers' `model_type`: the module here whose `graph` knows it.
 FAMILIES = {
+    "albert": "albert",
     "bert": "bert",
     "distilbert": "distilbert",
     "electra": "electra",

@@ -28,16 +28,21 @@ def graph(model: Any) -> Graph:
         activation = activation_of(model.config.hidden_act, "head")
         transform = predictions.transform
         head = language_model(transform.dense, activation, transform.LayerNorm, predictions.decoder)
-    return body_graph(model, **head)
+    return body_graph(model, layers_of(model), **head)
 
 
-def body_graph(model: Any, **fields: Any) -> Graph:
-    """Of the modules that BERT's kin share; ``fields`` are those in which a family or a head differs."""
+def layers_of(model: Any) -> list[Layer]:
+    body = getattr(model, model.base_model_prefix, model)
+    return [_layer(layer, model.config, number) for number, layer in enumerate(body.encoder.layer)]
+
+
+def body_graph(model: Any, layers: list[Layer], **fields: Any) -> Graph:
+    """Of the embeddings that BERT's kin share; ``fields`` are those in which a family or a head differs."""
     config = model.config
     family, body = config.model_type, getattr(model, model.base_model_prefix, model)
     if getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         raise InputError(f"{family} with {config.position_embedding_type!r} positions cannot be exported")
-    if config.is_decoder:
+    if getattr(config, "is_decoder", False):  # ALBERT's has none
         raise InputError(f"{family} as a decoder cannot be exported")
     e = body.embeddings
     return Graph(
@@ -47,7 +52,7 @@ def body_graph(model: Any, **fields: Any) -> Graph:
         positions=e.position_embeddings.weight,
         types=e.token_type_embeddings.weight,
         embedding_norm=Norm.of(e.LayerNorm),
-        layers=[_layer(layer, config, number) for number, layer in enumerate(body.encoder.layer)],
+        layers=layers,
         final_norm=None,
         pre_norm=False,
         max_positions=len(e.position_embeddings.weight),

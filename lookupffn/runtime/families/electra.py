@@ -16,4 +16,5 @@ def graph(model: Any) -> Graph:
         predictions = model.generator_predictions
         head = language_model(predictions.dense, "gelu", predictions.LayerNorm, model.generator_lm_head)
     body = getattr(model, "electra", model)
-    return bert.body_graph(model, embedding_projection=getattr(body, "embeddings_project", None), **head)
+    projection = getattr(body, "embeddings_project", None)
+    return bert.body_graph(model, bert.layers_of(model), embedding_projection=projection, **head)

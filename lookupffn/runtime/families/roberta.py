@@ -9,7 +9,8 @@ from lookupffn.runtime.graph import Graph, classifier, is_classifier, is_languag
 
 
 def graph(model: Any) -> Graph:
-    return bert.body_graph(model, position_rule="ids", first_position=model.config.pad_token_id + 1, **head_of(model))
+    fields = {"position_rule": "ids", "first_position": model.config.pad_token_id + 1} | head_of(model)
+    return bert.body_graph(model, bert.layers_of(model), **fields)
 
 
 def head_of(model: Any) -> dict[str, Any]:
