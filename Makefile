@@ -7,6 +7,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo test test-all check lint-cpp bench clean
 
 demo: $(READY)
+	@scripts/setup.sh install-minilm $(VENV)
 	@$(VENV)/bin/lookupffn demo
 
 test: check

@@ -19,6 +19,8 @@ from lookupffn.layer import LookupConfig, LookupFFN
 
 MULTIPLIER = 2654435769  # 2^32 over the golden ratio, odd
 MOST_NEIGHBOURS = 8
+MOST_TOKEN_ROWS = 16  # tables of rows in a layer, as the runtime has it
+MOST = 2**31 - 1  # of rows, and of a rank: 32 bits in files
 
 
 def token_rows_of(ids: Tensor, mask: Tensor | None, before: int, after: int, rows: int, vocab_size: int) -> Tensor:
@@ -65,7 +67,7 @@ class LowRank(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
-        check(rank >= 1, "rank", rank, "at least 1")
+        check(type(rank) is int and 1 <= rank <= MOST, "rank", rank, f"an int, 1 to {MOST}")
         self.reduce = nn.Linear(in_features, rank, bias=False)
         self.expand = nn.Linear(rank, out_features, bias=False)
         nn.init.zeros_(self.expand.weight)
@@ -77,13 +79,16 @@ class LowRank(nn.Module):
 class TokenRows(nn.Module):
     """``y[b, i] = rows[token_rows_of(ids)[b, i]]``, ``rows (R, out_features)``, by the ids in ``context``."""
 
+    row_parameters = ("rows",)
+
     def __init__(
         self, rows: int, out_features: int, vocab_size: int, context: TokenContext, *, before: int = 0, after: int = 0
     ):
         super().__init__()
         for name, value in (("before", before), ("after", after)):
-            check(0 <= value <= MOST_NEIGHBOURS, name, value, f"0 to {MOST_NEIGHBOURS}")
-        check(rows >= 1, "rows", rows, "at least 1")
+            fits = type(value) is int and 0 <= value <= MOST_NEIGHBOURS
+            check(fits, name, value, f"an int, 0 to {MOST_NEIGHBOURS}")
+        check(type(rows) is int and 1 <= rows <= MOST, "rows", rows, f"an int, 1 to {MOST}")
         self.before, self.after, self.vocab_size, self.context = before, after, vocab_size, context
         self.rows = nn.Parameter(torch.zeros(rows, out_features))
 
@@ -134,13 +139,20 @@ class BranchedLookupFFN(nn.Module):
         """A layer of this config, its lookup initialised and its branches' outputs 0.
 
         Raises:
-            ValueError, TypeError, KeyError: a field is missing, unknown or out of its range.
+            ValueError, TypeError: a field is missing, unknown or out of its range.
         """
-        check(set(config) == {"lookup", "rank", "token_rows"}, "fields", sorted(config), "lookup, rank and token_rows")
-        lookup, rank = LookupFFN(LookupConfig(**config["lookup"])), config["rank"]
+        _check_fields("the layer", config, "lookup", "rank", "token_rows")
+        fields, rank, token_rows = config["lookup"], config["rank"], config["token_rows"]
+        check(isinstance(fields, Mapping), "lookup", fields, "a map of the fields of LookupConfig")
+        check(type(rank) is int and rank >= 0, "rank", rank, "an int, at least 0")
+        fits = isinstance(token_rows, list) and len(token_rows) <= MOST_TOKEN_ROWS
+        check(fits, "token_rows", token_rows, f"a list of at most {MOST_TOKEN_ROWS}")
+        for row in token_rows:
+            _check_fields("token_rows", row, "rows", "before", "after")
+        lookup = LookupFFN(LookupConfig(**fields))
         width, out = lookup.config.in_features, lookup.config.out_features
         rows = [TokenRows(r["rows"], out, vocab_size, context, before=r["before"], after=r["after"])
-                for r in config["token_rows"]]  # fmt: skip
+                for r in token_rows]  # fmt: skip
         return cls(lookup, LowRank(width, out, rank) if rank else None, rows)
 
     def flops(self, tokens: int) -> int:
@@ -156,4 +168,24 @@ class BranchedLookupFFN(nn.Module):
         return self.lookup.bytes_read(tokens) + once + tokens * rows
 
 
+def _check_fields(name: str, config: Any, *fields: str) -> None:
+    found = sorted(map(str, config)) if isinstance(config, Mapping) else config
+    check(found == sorted(fields), name, found, f"a map of {', '.join(fields)}")
+
+
 CONVERTED = (LookupFFN, BranchedLookupFFN, NoFFN)  # what stands where a dense layer was
+
+
+def parameters_by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """A model's parameters by what their learning rate goes by: ``tables``, ``lookups``, ``model``.
+
+    Tables are what a token reads rows of, the parameters that a module names in ``row_parameters``; lookups the rest of
+    the layers that conversion made, empty in other models.
+    """
+    tables = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "row_parameters", ())}
+    inside = {id(p) for m in model.modules() if isinstance(m, BranchedLookupFFN) for p in m.parameters()}
+    kinds: dict[str, list[nn.Parameter]] = {"tables": [], "lookups": [], "model": []}
+    for parameter in model.parameters():
+        kind = "tables" if id(parameter) in tables else "lookups" if id(parameter) in inside else "model"
+        kinds[kind].append(parameter)
+    return kinds

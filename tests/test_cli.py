@@ -72,7 +72,8 @@ def test_flops_of_other_sizes():
         ),
         (["compare", "--ffn=dense", "--steps=0"], "steps must be at least 1, not 0"),
         (["compare", "--ffn=dense", "--jobs=0"], "jobs and seconds must be positive, not 0"),
-        (["demo", "--minutes=-1"], "minutes and steps must be positive, not -1.0"),
+        (["demo", "--minutes=-1"], "minutes and tokens must be positive, not -1.0"),
+        (["demo", "twins", "--minutes=-1"], "minutes and steps must be positive, not -1.0"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, run):
@@ -222,7 +223,7 @@ def test_every_command_has_its_help_where_its_packages_are_missing():
     code = """
 from typer.testing import CliRunner
 from lookupffn.__main__ import app
-for arguments in ([], ["pretrain"], ["bench"], ["demo"], ["hardware"], ["hardware", "study"]):
+for arguments in ([], ["pretrain"], ["bench"], ["demo"], ["demo", "twins"], ["hardware"], ["hardware", "study"]):
     done = CliRunner().invoke(app, [*arguments, "--help"])
     assert done.exit_code == 0 and "Usage" in done.output, done.output
 """

@@ -89,8 +89,10 @@ def _same_token(student: Any, teacher: Any, mask: Tensor) -> Tensor:
     return (student.logits[at].argmax(-1) == teacher.logits[at].argmax(-1)).float().mean()
 
 
-def masked(ids: Tensor, mask: Tensor, mask_token: int, seed: int) -> Tensor:
-    """Ids of which a share of 0.15, other ones for each ``seed``, is the mask token; never the first and the last."""
+def masked(batch: dict[str, Tensor], mask_token: int, seed: int) -> Tensor:
+    """A batch's ids, a share of 0.15 replaced by the mask token, other ones for each ``seed``; not the first, nor the
+    last."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
     chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < MASKED
     inner = torch.zeros_like(chosen)
     inner[:, 1:-1] = (mask[:, 1:-1] & mask[:, 2:]).bool()

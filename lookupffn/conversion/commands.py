@@ -1,4 +1,4 @@
-"""``lookupffn convert``."""
+"""``lookupffn convert | evaluate``."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lookupffn.conversion.evaluate_command import evaluate
 from lookupffn.errors import InputError
 from lookupffn.extras import require
 from lookupffn.files import make_folder
@@ -21,7 +22,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="folder or name of a sentence transformer or a Hugging Face encoder")],
     output: Annotated[Path, typer.Option(help="folder for the converted model and its report")],
     text: Annotated[
-        str, typer.Option(help="text as of pretrain: file, folder or dataset; stdlib is at hand")
+        str, typer.Option(help="text as of pretrain: file, folder or dataset; stdlib: its docstrings, always at hand")
     ] = "stdlib",
     text_column: Annotated[str, typer.Option(help="of .jsonl, .csv, .tsv and .parquet")] = "text",
     minutes: Annotated[float, typer.Option(help="of distillation; the baselines take about as long again")] = 10.0,
@@ -50,6 +51,9 @@ def convert(
     ] = 0,
     pooling: Annotated[str, typer.Option(help="of an encoder without one: mean or cls")] = "mean",
     max_length: Annotated[int, typer.Option(help="texts are cut to this many tokens")] = 128,
+    in_pairs: Annotated[
+        bool | None, typer.Option(help="read texts two by two; by default what a CrossEncoder's folder does")
+    ] = None,
     baselines: Annotated[bool, typer.Option(help="distil what else one would pick, with the same budget")] = True,
     encoding: Annotated[str, typer.Option(help="of text files")] = "utf-8",
     skip_bad: Annotated[bool, typer.Option(help="leave out text that cannot be read, however much")] = False,
@@ -67,19 +71,22 @@ def convert(
     from lookupffn.train.commands import quiet
 
     quiet()
-    from lookupffn.conversion import report
     from lookupffn.conversion.convert import convert as run
+    from lookupffn.conversion.docstrings import docstrings
+    from lookupffn.conversion.inputs import labelled_of, pairs_of
     from lookupffn.conversion.start import Shape
     from lookupffn.hf.loading import load_encoder
-    from lookupffn.train.data import documents
+    from lookupffn.train.data import EMBEDDED, documents
 
     make_folder(output)
-    measured = [_pairs(argument, encoding) for argument in pairs or []]
-    told_apart = [_labelled(argument, encoding) for argument in labelled or []]
+    measured = [pairs_of(argument, encoding) for argument in pairs or []]
+    told_apart = [labelled_of(argument, encoding) for argument in labelled or []]
     encoder, tokenizer = load_encoder(model, head=True)
     done = run(
         encoder,
-        documents(text, text_column=text_column, encoding=encoding, skip_bad=skip_bad),
+        (line for _, line in docstrings())
+        if text == EMBEDDED
+        else documents(text, text_column=text_column, encoding=encoding, skip_bad=skip_bad),
         output,
         tokens=tokens,
         minutes=minutes,
@@ -88,19 +95,25 @@ def convert(
         shape=Shape(num_tables=tables, reads=reads, rank=rank, token_rows=token_rows),
         pooling=pooling,
         max_length=max_length,
+        in_pairs=in_pairs,
         pairs=measured,
         labelled=told_apart,
         baselines=baselines,
         tables=table_type,
         seed=seed,
     )
-    if int(os.environ.get("RANK", "0")):
-        return
-    console = Console(soft_wrap=True)
-    for line in report.verdict(done.report):
+    if not int(os.environ.get("RANK", "0")):
+        print_report(done.report, output, Console(soft_wrap=True))
+
+
+def print_report(found: dict[str, Any], output: Path, console: Console) -> None:
+    """What was lost, then the table: a measure a row, a model a column."""
+    from lookupffn.conversion import report
+
+    for line in report.verdict(found):
         console.print(line, style="bold" if line.startswith("Better") else "", highlight=False)
-    shown = Table(box=box.SIMPLE, title=f"{done.report['model']}: what was kept, {done.report['tokens']:,} tokens each")
-    headings, *rows = report.printed(done.report)
+    shown = Table(box=box.SIMPLE, title=f"{found['model']}: what was kept, {found['tokens']:,} tokens each")
+    headings, *rows = report.printed(found)
     for heading in headings:
         shown.add_column(heading, justify="right" if heading else "left")
     for row in rows:
@@ -109,33 +122,4 @@ def convert(
     console.print(f"Open [bold]{output / 'report.html'}[/]; the model is in [bold]{output}[/]")
 
 
-def _columns(argument: str, option: str, example: str) -> tuple[str, list[str]]:
-    path, _, names = argument.rpartition(":")
-    columns = names.split(",")
-    if not path or len(columns) != len(example.split(",")):
-        raise InputError(f"{option} {argument!r} is not FILE:{example}")
-    return path, columns
-
-
-def _pairs(argument: str, encoding: str) -> Any:
-    from lookupffn.conversion.quality import Pairs
-    from lookupffn.train.labelled import read_labelled
-
-    path, columns = _columns(argument, "--pairs", "first,second,score")
-    found = read_labelled(path, ",".join(columns[:2]), columns[2], "regression", encoding=encoding)
-    first, second = zip(*found.texts, strict=True)
-    return Pairs(_name(path), list(first), list(second), [float(score) for score in found.labels])
-
-
-def _labelled(argument: str, encoding: str) -> Any:
-    from lookupffn.conversion.quality import Labelled
-    from lookupffn.train.labelled import read_labelled
-
-    path, columns = _columns(argument, "--labelled", "text,label")
-    found = read_labelled(path, columns[0], columns[1], "single_label_classification", encoding=encoding)
-    return Labelled(_name(path), [text for (text,) in found.texts], found.labels)
-
-
-def _name(path: str) -> str:
-    """A file's folder and name: those of several sets are often all called validation."""
-    return f"{Path(path).resolve().parent.name}/{Path(path).stem}"
+app.command()(evaluate)

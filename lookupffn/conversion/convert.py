@@ -11,8 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
 from lookupffn import machine
 from lookupffn.branches import NoFFN
@@ -28,10 +28,11 @@ from lookupffn.conversion import quality
 from lookupffn.conversion.answers import Answer, answer_of
 from lookupffn.conversion.baselines import half_the_layers, static_model, without_ffns
 from lookupffn.conversion.distil import STEP_TOKENS, Distillation, distil
+from lookupffn.conversion.models import Parts, costs, fingerprint, parts_of, with_encoder
 from lookupffn.conversion.quality import Evaluation, Labelled, Pairs
 from lookupffn.conversion.report import write_report
 from lookupffn.conversion.start import Shape, converted
-from lookupffn.conversion.texts import Tokens, coverage, passages
+from lookupffn.conversion.texts import Text, Tokens, coverage, read_texts
 from lookupffn.conversion.timing import times
 from lookupffn.errors import InputError
 from lookupffn.files import atomic_replace, atomic_write, make_folder, writing
@@ -45,10 +46,8 @@ STUDENT, NO_FFN, HALF, STATIC = "lookups", "no feed-forward layers", "half of th
 PACKED = "lookups, packed"
 START_TOKENS = 40_000  # whose inputs and outputs the closed forms see
 TIMED_TOKENS = 12 * STEP_TOKENS
-MOST_CHARACTERS = 400_000_000  # of text that is read
 HELD_OUT_SHARE = 0.02  # of the tokens that are distilled on
 HELD_OUT = (300, 20_000)  # texts that are measured on, at least and at most
-LEAST_TEXTS = 20
 
 
 @dataclass
@@ -72,6 +71,7 @@ def convert(
     shape: Shape | None = None,
     pooling: str = "mean",
     max_length: int = 128,
+    in_pairs: bool | None = None,
     pairs: Sequence[Pairs] = (),
     labelled: Sequence[Labelled] = (),
     baselines: bool = True,
@@ -82,7 +82,8 @@ def convert(
 
     ``model`` is a SentenceTransformer, or a Hugging Face encoder, sequence classifier or masked LM with
     ``tokenizer``; it is not changed. ``documents`` are cut to sentences and passages, of which some are held out to
-    measure on. ``tokens`` is the budget of distillation; without it as many as fit into ``minutes``, by the time of a
+    measure on; ``in_pairs`` puts two together, as a cross-encoder reads them (where it is the default). ``tokens`` is
+    the budget of distillation; without it as many as fit into ``minutes``, by the time of a
     few steps. The baselines (the model without feed-forward layers, and with half of its layers) are distilled on as
     many tokens: about as long again. With ``keep`` as many layers are converted as keep this share of the teacher's
     quality, those that it needs least first; each try takes the budget.
@@ -95,7 +96,7 @@ def convert(
         InputError: a family that is not known, too little text, a folder that holds something else.
         WriteError: the folder cannot be written.
     """
-    parts = _parts(model, tokenizer, pooling, max_length)
+    parts = parts_of(model, tokenizer, pooling, max_length, in_pairs)
     graph_of(parts.encoder)  # what the runtime cannot run is refused before anything is trained
     run = _Run(
         parts, model, Path(output), shape or Shape(), pairs, labelled, tables, seed, documents, tokens, minutes, keep
@@ -108,20 +109,12 @@ def convert(
     return Conversion(student, run.folder, run.report)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    encoder: Any
-    tokenizer: Any
-    pooling: str
-    max_length: int
-
-
 class _Run:
     """One conversion: what all its models are trained and measured on, and the folder of what is done already."""
 
     def __init__(
         self,
-        parts: _Parts,
+        parts: Parts,
         model: Any,
         folder: Path,
         shape: Shape,
@@ -153,13 +146,13 @@ class _Run:
             raise InputError(f"{folder} holds a model: choose another folder")
         make_folder(folder)
 
-        texts, read = _texts(documents, self.max_length, seed)
+        texts, read = read_texts(documents, self.max_length, seed, parts.paired)
         settings = {
             "shape": asdict(shape), "seed": seed, "tables": tables, "keep": keep, "tokens": tokens,
-            "minutes": None if tokens else minutes, "model": _fingerprint(self.teacher), "texts": read,
+            "minutes": None if tokens else minutes, "model": fingerprint(self.teacher), "texts": read,
         }  # fmt: skip
         before = self._claim(settings)
-        start = Tokens(self.tokenizer, texts[::-1], self.max_length, START_TOKENS)  # the last ones are held out
+        start = Tokens(self.tokenizer, texts[::-1], self.max_length, START_TOKENS)  # the first ones are held out
         mean = start.total / len(start)
         self.start = [start.batch(c) for c in start.batches(2 * STEP_TOKENS, np.random.default_rng(seed))]
         if tokens is None:
@@ -193,7 +186,7 @@ class _Run:
     # ---- Steps -------------------------------------------------------------------------------------------------------
 
     def teacher_found(self) -> dict[str, Any]:
-        return self._once("teacher", lambda: self.evaluation.of_model(self.teacher) | _costs(self.teacher))
+        return self._once("teacher", lambda: self.evaluation.of_model(self.teacher) | costs(self.teacher))
 
     def student(self) -> Any:
         """The converted model; with ``keep``, of the most layers that keep enough, found by bisection."""
@@ -222,7 +215,7 @@ class _Run:
     def _student(self, layers: list[int], name: str = STUDENT) -> Any:
         torch.manual_seed(self.seed)
         student = converted(self.teacher, self.shape, self.start, layers)
-        self.report[STUDENT] = self._distilled(name, student) | {"converted": layers} | _costs(student)
+        self.report[STUDENT] = self._distilled(name, student) | {"converted": layers} | costs(student)
         return student
 
     def baselines(self) -> None:
@@ -230,7 +223,7 @@ class _Run:
         found = {}
         self.models = {NO_FFN: without_ffns(self.teacher), HALF: half}
         for name, model in self.models.items():
-            found[name] = self._distilled(name, model, states if name == HALF else None) | _costs(model)
+            found[name] = self._distilled(name, model, states if name == HALF else None) | costs(model)
         if self.answer.kind == "vectors":
             embed, reason = static_model(self.teacher, self.tokenizer)
             if embed:
@@ -247,7 +240,7 @@ class _Run:
             setattr(student.config, name, getattr(self.teacher.config, name, ""))
         mark_converted(student)
         with writing(self.folder):
-            whole = _with_encoder(self.model, student)
+            whole = with_encoder(self.model, student)
             if whole is student:
                 student.save_pretrained(self.folder)
                 self.tokenizer.save_pretrained(self.folder)
@@ -336,7 +329,7 @@ class _Run:
     def _packed(self, folder: Path) -> dict[str, Any]:
         session = Session(folder)
         if self.answer.kind != "vectors":
-            return {}
+            return self.evaluation.of_answers(_Outputs(session))
 
         def embed(texts: Sequence[str]) -> np.ndarray:
             vectors = session.embed(texts)
@@ -347,65 +340,24 @@ class _Run:
     def _coverage(self, pairs: Sequence[Pairs], labelled: Sequence[Labelled]) -> dict[str, Any]:
         found = {}
         for given in (*pairs, *labelled):
-            texts = given.first + given.second if isinstance(given, Pairs) else given.texts
+            texts: list[Text] = [*given.first, *given.second] if isinstance(given, Pairs) else list(given.texts)
             tokens = Tokens(self.tokenizer, texts, self.max_length)
             found[given.name] = coverage(self.data, tokens, self.teacher.config.vocab_size)
         return found
 
 
-def _texts(documents: Iterable[str], max_length: int, seed: int) -> tuple[list[str], dict[str, Any]]:
-    """Passages in random order, and what tells them from others."""
-    texts, characters, digest, whole = [], 0, blake2b(digest_size=8), True
-    for text in passages(documents, max_length * 2 // 3, seed):
-        texts.append(text)
-        characters += len(text)
-        digest.update(text.encode("utf-8", "surrogatepass"))
-        if characters > MOST_CHARACTERS:
-            whole = False
-            break
-    if len(texts) < LEAST_TEXTS:
-        raise InputError(f"the documents hold {len(texts)} sentences, at least {LEAST_TEXTS} are needed")
-    np.random.default_rng(seed).shuffle(texts)  # type: ignore[arg-type]
-    return texts, {"read": len(texts), "characters": characters, "whole": whole, "fingerprint": digest.hexdigest()}
+class _Outputs:
+    """A session that answers as a model of transformers with a head does."""
 
+    def __init__(self, session: Session):
+        self.session = session
 
-def _fingerprint(model: nn.Module) -> str:
-    digest = blake2b(digest_size=8)
-    for parameter in model.state_dict().values():
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _parts(model: Any, tokenizer: Any, pooling: str, max_length: int) -> _Parts:
-    if type(model).__name__ == "SentenceTransformer":
-        for module in list(model)[1:]:
-            if type(module).__name__ == "Pooling":
-                mode = module.get_pooling_mode_str() if hasattr(module, "get_pooling_mode_str") else module.pooling_mode
-                pooling = mode
-        longest = min(max_length, model.max_seq_length or max_length)
-        return _Parts(model[0].auto_model, model.tokenizer, pooling, longest)
-    if type(model).__name__ == "CrossEncoder":
-        return _Parts(model.model, model.tokenizer, pooling, max_length)
-    if tokenizer is None:
-        raise InputError(f"{type(model).__name__} comes without a tokenizer: give one, or a SentenceTransformer")
-    return _Parts(model, tokenizer, pooling, max_length)
-
-
-def _with_encoder(model: Any, student: Any) -> Any:
-    """What ``model`` is, with another encoder: a SentenceTransformer keeps its other modules."""
-    if type(model).__name__ not in ("SentenceTransformer", "CrossEncoder"):
-        return student
-    found = copy.copy(model)
-    found._modules = dict(model._modules)
-    first = next(iter(found._modules))
-    found._modules[first] = copy.copy(model[0])
-    parts = found._modules[first]._modules = dict(model[0]._modules)
-    (name,) = (name for name, part in parts.items() if part is model[0].auto_model)
-    parts[name] = student
-    return found
-
-
-def _costs(model: Any) -> dict[str, Any]:
-    """Multiply-adds of a token in all feed-forward layers, and the model's parameters in bytes of float32."""
-    total = sum(m.flops(1) // 2 if hasattr(m := s.last, "flops") else s.parameters for s in slots_of(model))
-    return {"ffn_multiply_adds": total, "parameter_bytes": sum(p.numel() * 4 for p in model.parameters())}
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Any:
+        given = input_ids, attention_mask, token_type_ids
+        if self.session.labels:
+            return SimpleNamespace(logits=torch.from_numpy(self.session.pool(*given)))
+        places = attention_mask.bool()
+        found = self.session.logits(*given, places=places)
+        logits = torch.zeros(*input_ids.shape, found.shape[1])
+        logits[places] = torch.as_tensor(found)
+        return SimpleNamespace(logits=logits)

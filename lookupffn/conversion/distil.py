@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer
 
+from lookupffn.branches import parameters_by_kind
 from lookupffn.conversion.answers import Answer, masked
-from lookupffn.conversion.start import split
 from lookupffn.conversion.texts import Tokens
 from lookupffn.errors import InputError
 from lookupffn.train import checkpoint
@@ -65,10 +65,10 @@ class _Batches(Dataset):
         return len(self.chosen)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        ids, mask = self.tokens.batch(self.chosen[i])
+        found = self.tokens.batch(self.chosen[i])
         if self.mask_token is not None:
-            ids = masked(ids, mask, self.mask_token, (self.seed << 32) + i)
-        return {"input_ids": ids, "attention_mask": mask}
+            found["input_ids"] = masked(found, self.mask_token, (self.seed << 32) + i)
+        return found
 
 
 def layer_errors(student: Any, teacher: Any, mask: Tensor) -> list[Tensor]:
@@ -91,7 +91,7 @@ class _Distiller(Trainer):
         rates = {"tables": c.table_learning_rate, "lookups": c.learning_rate, "model": c.model_learning_rate}
         groups = [
             {"params": [p for p in parameters if p.requires_grad], "lr": rates[name]}
-            for name, parameters in split(self.model if model is None else model).items()
+            for name, parameters in parameters_by_kind(self.model if model is None else model).items()
         ]
         groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)

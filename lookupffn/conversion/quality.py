@@ -14,7 +14,8 @@ from torch import nn
 
 from lookupffn.conversion.answers import Answer, hidden_of, masked, pooled
 from lookupffn.conversion.distil import layer_errors
-from lookupffn.conversion.texts import Tokens
+from lookupffn.conversion.texts import Text, Tokens
+from lookupffn.errors import InputError
 
 NEAREST = 10
 BATCH_TOKENS = 4096
@@ -34,7 +35,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts of classes, which a linear classifier is to tell apart by their vectors."""
+    """Texts of classes, which a linear classifier is to tell apart by their vectors, or the classifier itself."""
 
     name: str
     texts: list[str]
@@ -47,9 +48,9 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str], pooling: str, max_le
     tokens = Tokens(tokenizer, texts, max_length)
     vectors: np.ndarray | None = None
     for chosen in tokens.batches(BATCH_TOKENS, np.random.default_rng(0)):
-        ids, mask = tokens.batch(chosen)
-        hidden = hidden_of(model(input_ids=ids, attention_mask=mask))
-        found = F.normalize(pooled(hidden, mask, pooling)).numpy()
+        batch = tokens.batch(chosen)
+        hidden = hidden_of(model(**batch))
+        found = F.normalize(pooled(hidden, batch["attention_mask"], pooling)).numpy()
         if vectors is None:
             vectors = np.empty((len(texts), found.shape[1]), np.float32)
         vectors[chosen] = found
@@ -76,11 +77,15 @@ def retrieval(student: np.ndarray, teacher: np.ndarray) -> float:
 
 
 def similarity(embed: Embed, pairs: Pairs) -> float:
-    """Spearman's correlation of the cosines of pairs with their scores; nan where one of them is constant."""
-    cosines = cosine(embed(pairs.first), embed(pairs.second))
-    if np.ptp(cosines) == 0 or np.ptp(pairs.scores) == 0:
+    """Spearman's correlation of the cosines of pairs with their scores."""
+    return rank_correlation(cosine(embed(pairs.first), embed(pairs.second)), pairs.scores)
+
+
+def rank_correlation(found: np.ndarray, scores: Sequence[float]) -> float:
+    """Spearman's; nan where one of them is constant."""
+    if np.ptp(found) == 0 or np.ptp(scores) == 0:
         return float("nan")
-    return float(spearmanr(cosines, pairs.scores).statistic)
+    return float(spearmanr(found, scores).statistic)
 
 
 def classification(embed: Embed, labelled: Labelled) -> float:
@@ -93,23 +98,31 @@ def classification(embed: Embed, labelled: Labelled) -> float:
 
 
 @torch.no_grad()
+def logits(model: Any, tokenizer: Any, texts: Sequence[Text], max_length: int) -> np.ndarray:
+    """A classifier's ``(texts, labels)`` float32, in the order of the texts."""
+    tokens = Tokens(tokenizer, texts, max_length)
+    found: dict[int, np.ndarray] = {}
+    for chosen in tokens.batches(BATCH_TOKENS, np.random.default_rng(0)):
+        found |= zip(chosen.tolist(), model(**tokens.batch(chosen)).logits.numpy(), strict=True)
+    return np.stack([found[i] for i in range(len(texts))])
+
+
+@torch.no_grad()
 def answers(student: Any, teacher: Any, tokens: Tokens, answer: Answer) -> dict[str, float]:
     """Of logits or tokens: the share that is kept, and of masked LMs both log perplexities of the masked tokens, in
     nats."""
     sums: dict[str, float] = {}
     weight = 0.0
     for number, chosen in enumerate(tokens.batches(BATCH_TOKENS, np.random.default_rng(0))):
-        ids, mask = tokens.batch(chosen)
-        given = ids
+        batch = tokens.batch(chosen)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         if answer.kind == "tokens":
-            given = masked(ids, mask, tokens.mask_token, number)
-        outputs = [
-            model(input_ids=given, attention_mask=mask, output_hidden_states=True) for model in (student, teacher)
-        ]
+            batch["input_ids"] = masked(batch, tokens.mask_token, number)
+        outputs = [model(**batch) for model in (student, teacher)]
         found = {answer.measure: float(answer.kept(*outputs, mask))}
         count = float(mask.sum()) if answer.kind == "tokens" else float(len(chosen))
         if answer.kind == "tokens":
-            places = given != ids
+            places = batch["input_ids"] != ids
             count = float(places.sum())
             for name, output in zip(("log_perplexity", "teacher_log_perplexity"), outputs, strict=True):
                 found[name] = float(F.cross_entropy(output.logits[places], ids[places])) if count else 0.0
@@ -124,10 +137,9 @@ def errors_by_layer(student: Any, teacher: Any, tokens: Tokens, states: Sequence
     """Of each layer, the squared error of hidden states over their variance, the mean of batches."""
     found = []
     for chosen in tokens.batches(BATCH_TOKENS, np.random.default_rng(0)):
-        ids, mask = tokens.batch(chosen)
-        s, t = (
-            m(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states for m in (student, teacher)
-        )
+        batch = tokens.batch(chosen)
+        mask = batch["attention_mask"]
+        s, t = (m(**batch, output_hidden_states=True).hidden_states for m in (student, teacher))
         at = states or range(1, len(t))
         found.append([float(error) for error in layer_errors(s[1:], [t[i] for i in at], mask)])
     return np.mean(found, 0).tolist()
@@ -140,7 +152,7 @@ class Evaluation:
         self,
         teacher: nn.Module,
         tokenizer: Any,
-        texts: list[str],
+        texts: Sequence[Any],
         answer: Answer,
         pooling: str,
         max_length: int,
@@ -149,6 +161,10 @@ class Evaluation:
     ):
         self.teacher, self.tokenizer, self.texts, self.answer = teacher, tokenizer, texts, answer
         self.pooling, self.max_length, self.pairs, self.labelled = pooling, max_length, pairs, labelled
+        if answer.kind == "tokens" and (pairs or labelled):
+            raise InputError("a masked LM is measured by its tokens: leave pairs and labelled texts out")
+        if pairs and answer.kind == "logits" and teacher.config.num_labels != 1:
+            raise InputError(f"{teacher.config.num_labels} logits are no score of a pair: leave the pairs out")
         self.tokens = Tokens(tokenizer, texts, max_length)
         self.vectors = self.embed(teacher)(texts) if answer.kind == "vectors" else np.zeros((0, 0), np.float32)
 
@@ -160,7 +176,24 @@ class Evaluation:
         errors = {"errors_by_layer": errors_by_layer(model, self.teacher, self.tokens, states)}
         if self.answer.kind == "vectors":
             return self.of_vectors(self.embed(model)) | errors
-        return answers(model, self.teacher, self.tokens, self.answer) | errors
+        return self.of_answers(model) | errors
+
+    def of_answers(self, model: Any) -> dict[str, Any]:
+        """Of whatever gives logits as the teacher does."""
+        found: dict[str, Any] = answers(model, self.teacher, self.tokens, self.answer)
+        if self.answer.kind == "tokens":
+            return found
+        spearman, accuracy = {}, {}
+        for p in self.pairs:
+            texts = list(zip(p.first, p.second, strict=True))
+            spearman[p.name] = rank_correlation(self.logits(model, texts)[:, 0], p.scores)
+        for c in self.labelled:
+            classes = [self.teacher.config.label2id.get(label, label) for label in c.labels]
+            accuracy[c.name] = float((self.logits(model, c.texts).argmax(1) == np.array(classes)).mean())
+        return found | {"spearman": spearman, "classification": accuracy}
+
+    def logits(self, model: Any, texts: Sequence[Text]) -> np.ndarray:
+        return logits(model, self.tokenizer, texts, self.max_length)
 
     def of_vectors(self, embed: Embed) -> dict[str, Any]:
         """Of whatever gives vectors of length 1."""

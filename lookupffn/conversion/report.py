@@ -15,6 +15,7 @@ from typing import Any
 from lookupffn.files import atomic_write
 
 TEACHER, STUDENT, PACKED, NO_FFN = "teacher", "lookups", "lookups, packed", "no feed-forward layers"
+ELSEWHERE = "teacher in "  # another engine than the runtime
 PLOTTED = "1 x 32"
 
 
@@ -55,6 +56,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{measure}: {share:.0%} of the way from the model without feed-forward layers to the teacher."
             )
+    lines += _times(report)
     for name, found in report.get("coverage", {}).items():
         if found["rare_tokens"] > 0.01:
             lines.append(
@@ -62,6 +64,19 @@ def verdict(report: dict[str, Any]) -> list[str]:
                 "text of its domain would help."
             )
     return lines
+
+
+def _times(report: dict[str, Any]) -> Iterator[str]:
+    """The packed model's time beside that of the teacher in the fastest engine there is, whichever that is."""
+    for shape, times in report.get("timing", {}).get("us_per_token", {}).items():
+        dense = {name: time for name, time in times.items() if name not in models_of(report) or name == TEACHER}
+        if PACKED in times and dense:
+            engine = min(dense, key=dense.__getitem__)
+            where = "this runtime" if engine == TEACHER else engine
+            yield (
+                f"{shape}: {times[PACKED]:.0f} us a token, {dense[engine] / times[PACKED]:.2f} times as fast as the "
+                f"teacher in the fastest engine here ({where}, {dense[engine]:.0f} us)."
+            )
 
 
 def _better(measure: str, a: float | None, b: float | None) -> bool:
@@ -88,7 +103,7 @@ def rows_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append(row)
     for engine in {engine for shape in times.values() for engine in shape} - models_of(report).keys():
         rows.append(
-            [f"teacher in {engine}", *[""] * (len(measures) + 1), *(f"{s[engine]:.1f}" for s in times.values())]
+            [f"{ELSEWHERE}{engine}", *[""] * (len(measures) + 1), *(f"{s[engine]:.1f}" for s in times.values())]
         )
     return headings, rows
 
@@ -216,6 +231,7 @@ def _svg(figure: Any) -> str:
 def printed(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Rows for a terminal: a measure each, a column a model, which fits where a row a model would not."""
     headings, rows = rows_of(report)
+    rows = [row for row in rows if not row[0].startswith(ELSEWHERE)]  # `verdict` has the fastest of these
     yield ("", *(row[0] for row in rows))
     for i, heading in enumerate(headings[1:], 1):
         yield (heading, *(row[i] for row in rows))

@@ -52,14 +52,15 @@ class Shape:
             TokenRows(vocab_size if before == 0 else PAIR_ROWS, width, vocab_size, context, before=before)
             for before in range(self.token_rows)
         ]
-        return BranchedLookupFFN(lookup, LowRank(width, width, self.rank) if self.rank else None, rows)
+        rank = min(self.rank, width)
+        return BranchedLookupFFN(lookup, LowRank(width, width, rank) if rank else None, rows)
 
 
 @torch.no_grad()
 def converted(model: nn.Module, shape: Shape, batches: list, layers: Container[int] | None = None) -> nn.Module:
     """A copy of ``model`` whose feed-forward layers, or those of these numbers, are lookups with an output of 0.
 
-    ``batches`` of ``(ids, mask)`` are what their closed forms see.
+    ``batches`` (:meth:`Tokens.batch`) are what their closed forms see.
     """
     student, context = copy.deepcopy(model).eval(), TokenContext()
     slots = [slot for i, slot in enumerate(slots_of(student)) if layers is None or i in layers]
@@ -74,7 +75,7 @@ def converted(model: nn.Module, shape: Shape, batches: list, layers: Container[i
 
 
 def collect(model: nn.Module, slots: list[Slot], batches: Any) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and outputs ``(tokens, width)`` of each slot's dense layer over batches of ``(ids, mask)``."""
+    """Inputs and outputs ``(tokens, width)`` of each slot's dense layer over ``batches``."""
     found: list[tuple[list, list]] = [([], []) for _ in slots]
     here: dict[str, Tensor] = {}
     hooks = []
@@ -85,9 +86,9 @@ def collect(model: nn.Module, slots: list[Slot], batches: Any) -> list[tuple[Ten
         hooks.append(slot.last.register_forward_hook(lambda _, args, out, kept=outputs: kept.append(out[here["mask"]])))
     try:
         with torch.no_grad():
-            for ids, mask in batches:
-                here["mask"] = mask.bool()
-                model(input_ids=ids, attention_mask=mask)
+            for batch in batches:
+                here["mask"] = batch["attention_mask"].bool()
+                model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -108,15 +109,3 @@ def start(layer: BranchedLookupFFN, x: Tensor, y: Tensor) -> None:
     projection: Any = lookup.projection
     if not isinstance(projection, nn.Identity):
         projection.bias.sub_(projection(x.float()).mean(0))
-
-
-def split(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """A converted model's parameters by what they are: tables, the rest of the lookups, the rest of the model."""
-    groups: dict[str, list[nn.Parameter]] = {"tables": [], "lookups": [], "model": []}
-    inside = {id(p) for m in model.modules() if isinstance(m, BranchedLookupFFN) for p in m.parameters()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in inside:
-            groups["model"].append(parameter)
-        else:
-            groups["tables" if name.endswith((".tables", ".rows")) else "lookups"].append(parameter)
-    return groups

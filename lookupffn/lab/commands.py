@@ -1,5 +1,6 @@
 """``lookupffn compare | demo | advise | hardware``: what we study with."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,9 +52,45 @@ def compare(
     lab.compare(lab.plan(recipes, common, names, seed, steps, output_dir), output_dir, jobs=jobs, seconds=seconds)
 
 
-@app.command()
+demo_app = typer.Typer(invoke_without_command=True)
+app.add_typer(demo_app, name="demo")
+
+
+@demo_app.callback()
 def demo(
-    output_dir: Annotated[str, typer.Option(help="folder of the report, replaced if it is there")] = "runs/demo",
+    context: typer.Context,
+    output_dir: Annotated[str, typer.Option(help="folder of model and report, replaced if it is there")] = "runs/demo",
+    minutes: Annotated[float, typer.Option(help="of distillation; the baselines take about as long again")] = 1.5,
+    tokens: Annotated[
+        int | None, typer.Option(help="instead of minutes: tokens that each model is distilled on")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the split, the start and the order of texts")] = 0,
+):
+    """Converts a real model, all-MiniLM-L6-v2 of the extra minilm, reports what was kept, and searches with it.
+
+    Without that extra it trains the twins instead.
+    """
+    if context.invoked_subcommand:
+        return
+    if not minutes > 0 or (tokens is not None and tokens < 1):
+        raise InputError(f"minutes and tokens must be positive, not {minutes} and {tokens}")
+    require("lab", "lookupffn demo")
+    quiet()
+    from lookupffn.lab.demo import demo as run
+    from lookupffn.lab.demo import minilm
+
+    if model := minilm():
+        run(model, Path(output_dir), minutes=minutes, tokens=tokens, seed=seed)
+        return
+    print(
+        "all-MiniLM-L6-v2 is not installed (pip install 'lookupffn[minilm]'): a model is trained instead of converted"
+    )
+    twins(output_dir=output_dir, seed=seed)
+
+
+@demo_app.command()
+def twins(
+    output_dir: Annotated[str, typer.Option(help="folder of the report, replaced if it is there")] = "runs/twins",
     minutes: Annotated[
         float, typer.Option(help="time to train both models; the number of steps follows from it")
     ] = 5.5,
@@ -63,8 +100,8 @@ def demo(
     """Trains a dense and a lookup model on Python's own standard library and writes a report that compares them."""
     if not minutes > 0 or (steps is not None and steps < 1):
         raise InputError(f"minutes and steps must be positive, not {minutes} and {steps}")
-    require("lab", "lookupffn demo")
+    require("lab", "lookupffn demo twins")
     quiet()
-    from lookupffn.lab.demo import demo as run
+    from lookupffn.lab.twins import twins as run
 
     run(output_dir, minutes=minutes, steps=steps, seed=seed)

