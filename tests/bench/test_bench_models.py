@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel
 from typer.testing import CliRunner
 
 from lookupffn import native
@@ -82,6 +82,15 @@ def test_flops_are_two_a_multiply_add_of_linears_attention_and_ffn(tiny):
     for lengths, attended in (([5, 5], 5), ([2, 6], (4 + 36) / 8)):
         expected = 2 * LAYERS * (linears + ffn + 2 * attended * WIDTH)
         assert encoders.flops_per_token(graph_of(tiny), np.array(lengths)) == expected
+
+
+def test_a_projection_of_embeddings_is_counted_and_shared_layers_share_their_lookup(tiny):
+    sizes = tiny.config.to_dict() | {"embedding_size": 24, "model_type": "albert"}
+    graph = graph_of(AlbertModel(AlbertConfig(**sizes)))
+    added = encoders.flops_per_token(graph, np.array([5])) - encoders.flops_per_token(graph_of(tiny), np.array([5]))
+    assert added == 2 * 24 * WIDTH
+    first, second = encoders.with_lookups(graph, seed=0).layers
+    assert first is second
 
 
 @pytest.mark.parametrize(("name", "tables", "factor"), [("minilm", 64, 5.76), ("bert-base", 128, 8.47)])
