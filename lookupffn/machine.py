@@ -3,6 +3,8 @@
 import contextlib
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,10 +22,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a measurement; absent ones are left out."""
+def versions(*others: str) -> dict[str, str]:
+    """Versions of Python, of the packages that decide every measurement and of others; absent ones are left out."""
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "lookupffn"):
+    for name in ("torch", "transformers", "lookupffn", *others):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -31,15 +33,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe() -> dict:
-    """CPU, usable cores, threads that torch uses, memory in bytes, system and versions."""
+def command() -> str:
+    """What was typed to start this program."""
+    return shlex.join(sys.orig_argv)
+
+
+def describe(*packages: str) -> dict:
+    """CPU, usable cores, threads that torch uses, memory in bytes, system and versions, those of ``packages`` too."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "os": platform.platform(terse=True),
-        "versions": versions(),
+        "versions": versions(*packages),
     }
 
 

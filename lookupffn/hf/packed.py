@@ -106,6 +106,10 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return self.quantization_config.layers == {}  # nothing is packed
 
+    @property
+    def is_qat_trainable(self) -> bool:  # without which the Trainer refuses to train without adapters
+        return self.is_trainable
+
     def is_serializable(self) -> bool:
         return True
 

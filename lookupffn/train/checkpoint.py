@@ -45,14 +45,24 @@ def latest_complete(output_dir: Path) -> Path | None:
     return next((path for path in reversed(checkpoints(output_dir)) if is_complete(path)), None)
 
 
+def trainer_state(folder: Path | None) -> dict:
+    """What the Trainer wrote of its state in a checkpoint: its history, its best step; empty where it wrote none."""
+    try:
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError):
+        return {}
+
+
 def keep_latest(output_dir: Path, keep: int) -> None:
-    """Removes incomplete checkpoints, and complete ones but for the ``keep`` latest.
+    """Removes incomplete checkpoints, and complete ones but for the ``keep`` latest and the best.
 
     Called when a new one is complete, never before, so at least one complete checkpoint exists at any time. The
     marker goes first, so that a removal cut short leaves a folder that does not count.
     """
     complete = [path for path in checkpoints(output_dir) if is_complete(path)]
+    best = trainer_state(complete[-1] if complete else None).get("best_global_step")
+    kept = complete[-keep:] + [path for path in complete if path.name == f"checkpoint-{best}"]
     for path in checkpoints(output_dir):
-        if path not in complete[-keep:]:
+        if path not in kept:
             (path / MARKER).unlink(missing_ok=True)
             shutil.rmtree(path)

@@ -51,30 +51,35 @@ def pretrain(config: str | None, **flags) -> None:
 
 
 def finetune(config: str | None, **flags) -> None:
-    """Fine-tunes a pretrained model on labelled texts and measures it on others; started again, it goes on.
+    """Fine-tunes a pretrained encoder on labelled texts and measures it on others; started again, it goes on.
 
-    --problem-type says what is learnt: one class a text, several labels, or a number.
+    --task takes a task of GLUE as it is defined; else --problem-type says what is learnt: one class a text, several
+    labels, or a number. --seeds 0,1,2 trains once a seed.
     """
     checked = _settings(FinetuneConfig, config, flags)
     require("train", "lookupffn finetune")
 
     quiet()
-    from lookupffn.train.finetune import finetune as run
+    from lookupffn.train.finetune import finetune as train
     from lookupffn.train.metrics import METRICS
 
-    r = run(checked)
+    r = train(checked)
     if int(os.environ.get("RANK", "0")):
         return  # the first process speaks for all
-    found = [name for name in METRICS if name in r]
-    table = Table(*(METRICS[name] for name in found), "texts tested", "texts trained", "seconds")
-    table.add_row(
-        *("not defined" if r[name] is None else f"{r[name]:.4f}" for name in found),
-        f"{r['texts_tested']:,}",
-        f"{r['texts_trained']:,}",
-        f"{r['training_seconds']:.0f}",
-    )
+    runs = r.get("runs", [r])
+    found = [name for name in METRICS if name in runs[0]]
+    table = Table("seed", *(METRICS[name] for name in found), "seconds")
+    for run in runs:
+        cells = ("not defined" if run[name] is None else f"{run[name]:.4f}" for name in found)
+        table.add_row(str(run["seed"]), *cells, f"{run['training_seconds']:.0f}")
+    if len(runs) > 1:
+        spread = r["standard_deviation"]
+        means = (f"{r['mean'][n]:.4f} ± {spread[n]:.4f}" if n in spread else "not defined" for n in found)
+        table.add_row("mean", *means, "")
     Console().print(table)
-    Console().print(f"model and metrics in {checked.output_dir}")
+    best = ", each the best checkpoint on the texts that it is measured on" if checked.patience else ""
+    tested = f"{r['texts_tested']:,} texts tested, {r['texts_trained']:,} trained"
+    Console().print(f"{tested}; model and metrics in {checked.output_dir}{best}")
 
 
 def quiet() -> None:

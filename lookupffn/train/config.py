@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from lookupffn.errors import InputError, check
+from lookupffn.train.glue import TASKS
 
 
 class Limit(NamedTuple):
@@ -29,6 +31,7 @@ OBJECTIVES = Limit(lambda value: value in ("masked", "causal"), "one of masked, 
 POOLINGS = Limit(lambda value: value in ("mean", "cls"), "one of mean, cls")
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")  # names of transformers
 PROBLEM_TYPES = Limit(lambda value: value in PROBLEMS, f"one of {', '.join(PROBLEMS)}")
+GLUE = Limit(lambda value: value in TASKS, f"one of {', '.join(TASKS)}")
 SCHEDULES = Limit(lambda value: value in ("linear", "constant"), "one of linear, constant")
 
 
@@ -59,7 +62,7 @@ class Optimisation:
         for field in dataclasses.fields(self):
             value = _typed(field.name, field.type, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-            if limit := field.metadata["limit"]:
+            if (limit := field.metadata["limit"]) and value is not None:
                 check(limit.fits(value), field.name, value, limit.expected, InputError)
 
     def changes(self, written: dict) -> list[str]:
@@ -179,27 +182,89 @@ class FinetuneConfig(Optimisation):
         InputError: a setting has the wrong type or is out of range; the message names it and what would be right.
     """
 
-    model: str = _setting("runs/pretrain/model", "folder of a pretrained model with its tokenizer")
-    train: str = _setting("train.parquet", "labelled texts to learn from: .parquet, .jsonl, .csv or .tsv (or .gz)")
-    test: str = _setting("test.parquet", "labelled texts to measure on")
+    model: str = _setting("runs/pretrain/model", "folder or name of a pretrained encoder, dense or converted")
+    task: str | None = _setting(None, "a task of GLUE, which decides columns, metrics and files", GLUE)
+    data: str | None = _setting(
+        None, "of --task: folder of train.parquet and validation.parquet [the Hugging Face hub]"
+    )
+    train: str | None = _setting(
+        None, "labelled texts to learn from: .parquet, .jsonl, .csv or .tsv (or .gz) [train.parquet]"
+    )
+    test: str | None = _setting(None, "labelled texts to measure on [test.parquet]")
     output_dir: str = _setting("runs/finetune", "folder of checkpoints, metrics and the final model")
-    text_column: str = _setting("text", "column of text; two with a comma for pairs of sentences")
-    label_column: str = _setting("label", "column of the class, number or list of classes; or several of 0 and 1")
-    problem_type: str = _setting("single_label_classification", f"one of {', '.join(PROBLEMS)}", PROBLEM_TYPES)
+    text_column: str | None = _setting(None, "column of text; two with a comma for pairs of sentences [text]")
+    label_column: str | None = _setting(
+        None, "column of the class, number or list of classes; or several of 0 and 1 [label]"
+    )
+    problem_type: str | None = _setting(None, f"one of {', '.join(PROBLEMS)} [the first]", PROBLEM_TYPES)
     encoding: str = _setting("utf-8", "of text files, a name that Python knows")
     skip_bad: bool = _setting(False, "leave out rows that cannot be used, instead of refusing their file")
-    pooling: str = _setting("mean", "what the head looks at: mean of all tokens, or cls, the first one", POOLINGS)
+    pooling: str | None = _setting(
+        None,
+        "what the head looks at where a model has the choice: mean of all tokens, or cls, the first [mean]",
+        POOLINGS,
+    )
     max_length: int = _setting(256, "longer texts are cut to this many tokens", AT_LEAST_1)
-    epochs: int = _setting(3, "passes over the training texts", AT_LEAST_1)
+    epochs: int = _setting(3, "passes over the training texts, at most", AT_LEAST_1)
     batch_size: int = _setting(32, "texts a step", AT_LEAST_1)
-    learning_rate: float = _setting(3e-4, "peak; after the warm-up linear to 0", POSITIVE)
+    learning_rate: float | None = _setting(
+        None, "peak; after the warm-up linear to 0 [3e-4 for our own models, 5e-5 for others]", POSITIVE
+    )
+    lookup_learning_rate_multiplier: float = _setting(
+        3.0,
+        "of a converted model: its lookups' learning rate over the rest's; the tables' is a multiple of it",
+        POSITIVE,
+    )
     warmup_fraction: float = _setting(0.06, "share of the steps in which the learning rate rises", SHARE_OR_0)
-    save_every: int = _setting(500, "steps between checkpoints; 0: none", AT_LEAST_0)
+    save_every: int = _setting(500, "steps between checkpoints; 0: none; with --patience at evaluations", AT_LEAST_0)
+    patience: int = _setting(
+        0,
+        "stop after so many evaluations without a gain, and keep the best checkpoint; 0: train to the end",
+        AT_LEAST_0,
+    )
+    evaluate_every: int = _setting(0, "with --patience: steps between evaluations; 0: after each epoch", AT_LEAST_0)
     seed: int = _setting(0, "of the head, the order of texts and dropout", AT_LEAST_0)
+    seeds: str | None = _setting(None, "one run a seed, with commas between, each in its own folder; then their mean")
+
+    def __post_init__(self):
+        super().__post_init__()
+        task = TASKS.get(self.task)
+        if task is None and self.data is not None:
+            raise InputError(f"data {self.data!r} is for a task: give train and test, or task")
+        for name in ("train", "test") if task else ():
+            if getattr(self, name) is not None:
+                raise InputError(f"{name} {getattr(self, name)!r}: task {self.task} takes its files from data")
+        if task and self.problem_type not in (None, task.problem_type):
+            raise InputError(f"problem_type {self.problem_type!r}: task {self.task} is {task.problem_type}")
+        if self.evaluate_every and not self.patience:
+            raise InputError(f"evaluate_every {self.evaluate_every} needs patience: without it the end is evaluated")
+        defaults = {"text_column": "text", "label_column": "label", "problem_type": PROBLEMS[0]}
+        if task:
+            defaults |= {"text_column": task.text_column, "problem_type": task.problem_type}
+        else:
+            defaults |= {"train": "train.parquet", "test": "test.parquet"}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self.each_seed()
+
+    def each_seed(self) -> list[FinetuneConfig]:
+        """The settings of each run of ``seeds``. Raises InputError where these are no different whole numbers."""
+        if self.seeds is None:
+            return []
+        parts = [part.strip() for part in self.seeds.split(",")]
+        if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+            raise InputError(f"seeds must be different whole numbers with commas between, not {self.seeds!r}")
+        return [
+            dataclasses.replace(self, seeds=None, seed=seed, output_dir=str(Path(self.output_dir) / f"seed-{seed}"))
+            for seed in map(int, parts)
+        ]
 
 
 def _typed(name: str, kind: str, value):
     """``value`` as a field of the annotated type takes it; YAML reads 1e-3 as text, and an empty entry as None."""
+    if kind.endswith(" | None"):
+        return None if value is None else _typed(name, kind.removesuffix(" | None"), value)
     if kind == "dict":
         value = {} if value is None else value
     elif kind == "float" and not isinstance(value, bool):
@@ -207,7 +272,7 @@ def _typed(name: str, kind: str, value):
             return float(value)
         except (TypeError, ValueError):
             pass
-    types = {"int": int, "bool": bool, "dict": dict, "str": str, "str | None": (str, type(None))}
+    types = {"int": int, "bool": bool, "dict": dict, "str": str}
     if kind not in types or not isinstance(value, types[kind]) or (kind == "int" and isinstance(value, bool)):
         raise InputError(f"{name} must be of type {kind}, not {value!r}")
     return value

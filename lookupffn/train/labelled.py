@@ -18,8 +18,9 @@ _EXAMPLES = 3
 
 
 class LabelledTexts(NamedTuple):
-    """Texts, a tuple of as many as there are text columns, with one label each; what was left out by reason."""
+    """A file's texts, tuples of as many as there are text columns, with a label each; what was left out by reason."""
 
+    path: str
     texts: list[tuple[str, ...]]
     labels: list[Any]
     skipped: dict[str, int]
@@ -68,7 +69,7 @@ def read_labelled(
     if len(labels) > 1 and problem_type != "multi_label_classification":
         raise InputError(f"label_column {label_column!r} names {len(labels)} columns, which {problem_type} has not")
 
-    found, reasons, examples = LabelledTexts([], [], {}), Counter(), []
+    found, reasons, examples = LabelledTexts(path, [], [], {}), Counter(), []
     places = []
     try:
         for row in read_rows(path, [*texts, *labels], text=texts, encoding=encoding):

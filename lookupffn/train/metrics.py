@@ -7,6 +7,8 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 METRICS = {  # each with its heading in a table
     "accuracy": "accuracy",
     "accuracy_standard_error": "standard error",
+    "accuracy_matched": "accuracy, matched",  # of MNLI
+    "accuracy_mismatched": "accuracy, mismatched",
     "f1": "F1",
     "f1_micro": "micro F1",
     "f1_macro": "macro F1",
@@ -14,6 +16,12 @@ METRICS = {  # each with its heading in a table
     "pearson": "Pearson",
     "spearman": "Spearman",
     "mean_squared_error": "mean squared error",
+}
+
+SCORES = {  # the metrics whose mean decides which checkpoint is the best
+    "single_label_classification": ("accuracy",),
+    "multi_label_classification": ("f1_micro",),
+    "regression": ("pearson", "spearman"),
 }
 
 

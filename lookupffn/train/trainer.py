@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from lookupffn.branches import parameters_by_kind
 from lookupffn.errors import InputError
 from lookupffn.files import atomic_write, make_folder, writing
 from lookupffn.train import checkpoint
@@ -19,25 +20,22 @@ from lookupffn.train.data import progress_bar
 
 
 def parameter_groups(model: nn.Module, config: PretrainConfig | FinetuneConfig) -> list[dict]:
-    """Three groups for the optimizer: matrices (decayed), norms and biases (not), tables (not, own learning rate).
+    """Groups for the optimizer: matrices (decayed), norms and biases (not), tables (not, own learning rate).
 
-    Tables are what a token reads rows of: the parameters that a module names in ``row_parameters``.
+    The lookups of a converted model have a learning rate of their own too, which its tables' rate is a multiple of.
     """
-    tables = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "row_parameters", ())}
-    matrices, vectors, lookups = [], [], []
-    for parameter in model.parameters():
-        group = lookups if id(parameter) in tables else matrices if parameter.dim() >= 2 else vectors
-        group.append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr": config.learning_rate, "tables": False},
-        {"params": vectors, "weight_decay": 0.0, "lr": config.learning_rate, "tables": False},
-        {
-            "params": lookups,
-            "weight_decay": 0.0,
-            "lr": config.learning_rate * config.table_learning_rate_multiplier,
-            "tables": True,
-        },
-    ]
+    kinds = parameters_by_kind(model)
+    rates = {"model": config.learning_rate, "lookups": config.learning_rate}
+    if kinds["lookups"]:  # which no model that is pretrained here has
+        rates["lookups"] *= config.lookup_learning_rate_multiplier
+    groups = []
+    for name, rate in rates.items():
+        matrices = [p for p in kinds[name] if p.dim() >= 2]
+        vectors = [p for p in kinds[name] if p.dim() < 2]
+        groups.append({"params": matrices, "weight_decay": config.weight_decay, "lr": rate, "tables": False})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr": rate, "tables": False})
+    rate = rates["lookups"] * config.table_learning_rate_multiplier
+    groups.append({"params": kinds["tables"], "weight_decay": 0.0, "lr": rate, "tables": True})
     return [group for group in groups if group["params"]]
 
 
@@ -69,23 +67,23 @@ def micro_batch_of(config: PretrainConfig | FinetuneConfig, ranks: int, accumula
 
 
 def training_arguments(config: PretrainConfig | FinetuneConfig, ranks: int, **settings) -> TrainingArguments:
-    """The Trainer's arguments that both kinds of training share, with ``settings`` beside them."""
-    arguments = TrainingArguments(
-        output_dir=config.output_dir,
-        learning_rate=config.learning_rate,
-        max_grad_norm=config.max_grad_norm,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or 1,
-        seed=config.seed,
-        bf16=config.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if ranks > 1 and not torch.cuda.is_available() else None,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        disable_tqdm=True,
-        **settings,
-    )
+    """The Trainer's arguments that both kinds of training share, with ``settings`` beside or over them."""
+    shared = {
+        "output_dir": config.output_dir,
+        "learning_rate": config.learning_rate,
+        "max_grad_norm": config.max_grad_norm,
+        "save_strategy": "steps" if config.save_every else "no",
+        "save_steps": config.save_every or 1,
+        "seed": config.seed,
+        "bf16": config.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "ddp_backend": "gloo" if ranks > 1 and not torch.cuda.is_available() else None,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(**shared | settings)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take torchrun; DataParallel would multiply the batch
     return arguments
 

@@ -136,7 +136,7 @@ def test_a_folder_with_another_run_is_refused_and_left_as_it_is(pretrained, tmp_
     with pytest.raises(InputError, match=r"out holds a run with other settings \(epochs: 1 there, 2 asked\)"):
         finetune(config_for(pretrained, tmp_path, files, epochs=2))
     write(tmp_path / "train.csv", rows(192, 5))
-    with pytest.raises(InputError, match=r"other settings \(data: '\w+' there, '\w+' asked\)"):
+    with pytest.raises(InputError, match=r"other settings \(data_fingerprint: '\w+' there, '\w+' asked\)"):
         finetune(config_for(pretrained, tmp_path, files, epochs=1))
     assert {path: path.read_bytes() for path in before} == before
 
