@@ -31,6 +31,10 @@ def half_the_layers(model: Any) -> tuple[nn.Module, list[int]]:
     """
     found = copy.deepcopy(model).eval()
     body = getattr(found, found.base_model_prefix, found)
+    if found.config.model_type == "albert":  # whose layers are shared, and counted by the config alone
+        count = found.config.num_hidden_layers
+        found.config.num_hidden_layers = (count + 1) // 2
+        return found, [min(i + 2, count) for i in range(0, count, 2)]
     for path in ("encoder.layer", "transformer.layer", "layers"):
         parent, _, name = path.rpartition(".")
         holder = getattr(body, parent, None) if parent else body

@@ -235,7 +235,20 @@ def test_a_killed_distillation_goes_on_to_the_same_bits(tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-def test_half_of_the_layers_match_the_states_behind_each_pair():
+@pytest.mark.parametrize("family", ["bert", "albert", "distilbert", "modernbert"])
+def test_half_of_the_layers_match_the_states_behind_each_pair(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    student, states = half_the_layers(model)
+    assert states == [2]
+    ids = torch.randint(5, 300, (2, 9))
+    found, all_states = (
+        m(input_ids=ids, output_hidden_states=True).hidden_states for m in (student.eval(), model.eval())
+    )
+    assert len(found) == 2
+    assert torch.equal(found[0], all_states[0])
+    if family != "modernbert":  # whose last state is behind the final norm
+        torch.testing.assert_close(found[1], all_states[1])
     sizes = SIZES | {"num_hidden_layers": 5}
     student, states = half_the_layers(BertModel(BertConfig(**sizes)))
     assert len(student.encoder.layer) == 3
