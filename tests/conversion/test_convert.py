@@ -450,3 +450,31 @@ def test_a_converted_model_needs_only_that_the_package_is_imported(order, tmp_pa
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "found.pt")
     assert all(torch.equal(a, b) for a, b in zip(found, model.parameters(), strict=True))
+
+
+SHARED = """
+import sys
+from test_convert import *
+from lookupffn.conversion import timing
+timing.ENGINES = ()
+folder = sys.argv[1]
+tokenizer = BertTokenizerFast(folder + "/vocab.txt", model_max_length=32)
+torch.manual_seed(0)
+teacher = BertModel(BertConfig(**SIZES | {"initializer_range": 0.3}))
+convert(teacher, documents(), folder + "/out", tokens=10_000, tokenizer=tokenizer, shape=SHAPE, max_length=32)
+"""
+
+
+@needs_runtime
+@pytest.mark.slow
+def test_two_processes_share_a_conversion(tokenizer, tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run([*command, tmp_path / "shared.py", tmp_path], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["machine"]["processes"] == 2
+    assert report["lookups"]["cosine"] > 0.5
+    assert not (tmp_path / "out" / "distillation").exists()
+    assert Session(tmp_path / "out").embed(["w1 w2"]).shape == (1, 32)
