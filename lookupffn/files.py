@@ -82,6 +82,22 @@ def _write_failure(error: Exception, path: Path) -> str | None:
     return f"torch.save failed, with {shutil.disk_usage(path.parent).free:,} bytes free" if ours else None
 
 
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuses a file of a model's folder that is a link to somewhere else, so that a folder from outside shows no more
+    than itself. The Hub's cache keeps files in ``blobs``, beside its ``snapshots``, which only hold links to them.
+
+    Raises:
+        InputError: the message has the link and where it leads.
+    """
+    root, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    roots = [root]
+    for above in root.parents:
+        if above.name == "snapshots" and above.parent.name.startswith("models--"):
+            roots += [above.with_name("blobs"), above.parent.with_name("blobs")]  # of the repository, or shared by all
+    if not any(real.is_relative_to(inside) for inside in roots):
+        raise InputError(f"{path} is a link to {real}, outside of its folder: copy the file there")
+
+
 def make_folder(path: Path) -> None:
     """Makes the folder and those above it, where they are missing. Raises WriteError where that is not possible."""
     with writing(path):

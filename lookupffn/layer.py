@@ -63,6 +63,7 @@ class LookupConfig:
                 raise TypeError(f"{name} must be an int, not {getattr(self, name)!r}")
         for name in ("in_features", "out_features", "num_tables"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            check(getattr(self, name) < 2**31, name, getattr(self, name), "less than 2**31, as it has 32 bits in files")
         if type(self.block_size) is not int:
             raise TypeError(f"block_size must be an int, not {self.block_size!r}")
         check(self.version == 1, "version", self.version, "1, the only version that this lookupffn reads")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from lookupffn.branches import BranchedLookupFFN
 from lookupffn.errors import InputError
+from lookupffn.hf.folders import check_folder, check_model
+from lookupffn.hf.loading import reason_of
 
 
 def transformer_folder(name: str) -> str:
@@ -44,7 +44,9 @@ def load_classifier(name: str, pooling: str | None = None, **fields: Any) -> Pre
         InputError: no model with such a head can be loaded, it lacks weights, or it has no choice of ``pooling``.
     """
     try:
+        check_folder(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **fields)
+        check_model(config, AutoModelForSequenceClassification, name)
         if hasattr(config, "classifier_pooling"):
             config.classifier_pooling = pooling or "mean"
         elif pooling is not None:
@@ -58,9 +60,8 @@ def load_classifier(name: str, pooling: str | None = None, **fields: Any) -> Pre
         # A pooler is of the head: masked LMs come without one.
         if lacks := sorted(key for key in new if key.startswith(inside) and ".pooler." not in key):
             raise ValueError(f"its weights lack {', '.join(lacks)}")
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{name!r} cannot be loaded for sequence classification ({reason})") from None
+    except Exception as error:  # whatever a foreign folder or the network brings
+        raise InputError(f"{name!r} cannot be loaded for sequence classification ({reason_of(error)})") from None
     return model
 
 

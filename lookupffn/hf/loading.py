@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import cached_file
 
-from lookupffn.errors import InputError
+from lookupffn.errors import InputError, check
+from lookupffn.hf.folders import TOKENIZERS, check_folder, check_model, check_modules, find, read_json
 
 
 def load_encoder(name: str, *, head: bool = False) -> tuple[Any, Any]:
@@ -25,45 +22,58 @@ def load_encoder(name: str, *, head: bool = False) -> tuple[Any, Any]:
         InputError: there is no model of this name, none that can be read, or one that lacks weights.
     """
     try:
-        if _kind(name) == "SentenceTransformer":
+        modules = _modules(name)
+        if modules:
             from sentence_transformers import SentenceTransformer
 
+            for module in modules:
+                check_folder(name, module["path"])
+            _transformer(name, False, modules[0]["path"])  # for its checks, which a SentenceTransformer has not
             options = {"device": "cpu", "trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
             return SentenceTransformer(name, **options), None
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        task = _task(config) if head else AutoModel
-        options = {"config": config, "trust_remote_code": False, "use_safetensors": True}
-        model, report = task.from_pretrained(name, **options, output_loading_info=True)
-        # An encoder's pooler is a head, which others than BERT's classifier have no use for.
-        missing = [key for key in sorted(report["missing_keys"]) if task is not AutoModel or "pooler." not in key]
-        if missing:  # they would be random
-            raise ValueError(f"its weights lack {', '.join(missing)}")
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name!r} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-    return model, _tokenizer(name)
+        return _transformer(name, head), _tokenizer(name)
+    except Exception as error:  # whatever a foreign folder or the network brings
+        raise InputError(f"{name!r} cannot be loaded ({reason_of(error)})") from None
 
 
-def _kind(name: str) -> str:
-    """The class of sentence-transformers that saved the folder; ``""`` where it is as transformers saves a model."""
-    modules = _json(name, "modules.json")
+def reason_of(error: Exception) -> str:
+    """What an error says, on one line, with its class where it may say no more than a key."""
+    reason = " ".join(str(error).split())[:400] or "it gives no reason"
+    bare = isinstance(error, AttributeError | LookupError | TypeError)
+    return f"{type(error).__name__}: {reason}" if bare else reason
+
+
+def _transformer(name: str, head: bool, part: str = "") -> Any:
+    """The model of transformers in the folder, or in its part of that name, all of whose weights are there."""
+    check_folder(name, part)
+    options = {"trust_remote_code": False, "subfolder": part}
+    config = AutoConfig.from_pretrained(name, **options)
+    task = _task(config) if head else AutoModel
+    check_model(config, task, name, part)
+    options |= {"config": config, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    model, report = task.from_pretrained(name, **options, output_loading_info=True)
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        raise ValueError(f"its weights have {key} of {list(found)}, its config.json asks for {list(wanted)}")
+    # An encoder's pooler is a head, which others than BERT's classifier have no use for.
+    missing = [key for key in sorted(report["missing_keys"]) if task is not AutoModel or "pooler." not in key]
+    if missing:  # they would be random
+        raise ValueError(f"its weights lack {', '.join(missing)}")
+    return model
+
+
+def _modules(name: str) -> list[dict]:
+    """The modules of a SentenceTransformer; none where the folder is as transformers saves a model."""
+    check_folder(name)
+    modules = read_json(name, "modules.json", list)
     if modules is None:
-        return ""
-    for module in modules:
-        if not module["type"].startswith("sentence_transformers."):  # version 5 would run a local folder's code
-            raise ValueError(f"its module {module['type']} is none of sentence-transformers")
-    kind = (_json(name, "config_sentence_transformers.json") or {}).get("model_type", "SentenceTransformer")
+        return []
+    check(bool(modules), "its modules.json", modules, "a list of modules")
+    check_modules(modules)
+    said = read_json(name, "config_sentence_transformers.json") or {}
+    kind = said.get("model_type", "SentenceTransformer")
     if kind not in ("SentenceTransformer", "CrossEncoder") or (kind == "CrossEncoder" and len(modules) > 1):
         raise ValueError(f"it is a {kind} of {len(modules)} modules, which is not known here")
-    return kind
-
-
-def _json(name: str, file: str) -> Any:
-    """The contents of a JSON file in the folder, or in the repository of that name; None where there is none."""
-    try:
-        path = cached_file(name, file)
-    except OSError:
-        return None
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    return modules if kind == "SentenceTransformer" else []
 
 
 def _task(config: Any) -> Any:
@@ -78,7 +88,9 @@ def _task(config: Any) -> Any:
 def _tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError):
+    except Exception as error:
+        if any(find(name, file) for file in TOKENIZERS):
+            raise ValueError(f"its tokenizer is damaged or not known, {type(error).__name__}: {error}") from None
         return None
     # Where a folder has no files of one, transformers makes one that knows special tokens alone.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None

@@ -6,6 +6,8 @@ in which dtypes, with weights that hold their bytes, and which feed-forward laye
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lookupffn.branches import BranchedLookupFFN, TokenContext, watch_ids
 from lookupffn.errors import PackedError, check
+from lookupffn.files import check_inside
+from lookupffn.hf.folders import check_sizes, stored_shapes
 from lookupffn.hf.slots import slots_of
 from lookupffn.layer import LookupConfig, LookupFFN
 from lookupffn.memory import aligned_bytes
@@ -52,14 +56,17 @@ class PackedConfig(QuantizationConfigMixin):
         check(
             not unknown, "quantization_config", sorted(unknown), "of the fields tables, projection, layers and lookups"
         )
-        check(tables in TABLE_TYPES, "tables", tables, f"one of {', '.join(TABLE_TYPES)}")
+        check(_among(tables, TABLE_TYPES), "tables", tables, f"one of {', '.join(TABLE_TYPES)}")
         self.quant_method, self.tables = METHOD, tables
         self.projection = PROJECTION_DTYPES[tables] if projection is None else projection
         self.layers, self.lookups = layers, lookups
+        for field, value in (("layers", layers), ("lookups", lookups)):
+            check(value is None or isinstance(value, dict), field, value, "a map by the names of layers")
         for name, kinds in (layers or {}).items():
-            fits = isinstance(kinds, list) and len(kinds) == 2 and kinds[0] in TABLE_TYPES and kinds[1] in WEIGHT_TYPES
+            fits = isinstance(kinds, list) and len(kinds) == 2
+            fits = fits and _among(kinds[0], TABLE_TYPES) and _among(kinds[1], WEIGHT_TYPES)
             check(fits, f"layers[{name!r}]", kinds, "[dtype of tables, dtype of projection]")
-        check(self.projection in WEIGHT_TYPES, "projection", projection, f"one of {', '.join(WEIGHT_TYPES)}")
+        check(_among(self.projection, WEIGHT_TYPES), "projection", projection, f"one of {', '.join(WEIGHT_TYPES)}")
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name != "lookups" or value is not None}
@@ -82,6 +89,10 @@ class PackedConfig(QuantizationConfigMixin):
         others = any(isinstance(module, LookupFFN) for module in model.modules())
         alike = not others and all(kind == first for kind in kinds.values())
         return cls(*first, layers=None if alike else kinds)
+
+
+def _among(value: Any, names: Iterable[str]) -> bool:
+    return isinstance(value, str) and value in names  # a list would not be hashable
 
 
 def _base_name(model: PreTrainedModel, name: str) -> str:
@@ -117,18 +128,23 @@ class PackedQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         if not self.pre_quantized:
             return
         if self.quantization_config.lookups:
             _replace_slots(model, self.quantization_config.lookups)
         waiting = {}
-        for name, layer in model.named_modules():
-            if not isinstance(layer, LookupFFN):
-                continue
+        found = {name: layer for name, layer in model.named_modules() if isinstance(layer, LookupFFN)}
+        unknown = sorted(set(self.quantization_config.layers or ()) - {_base_name(model, name) for name in found})
+        check(not unknown, "layers", unknown, f"of the lookup layers {', '.join(found)}")
+        for name, layer in found.items():
             if kinds := self.quantization_config.of_layer(_base_name(model, name)):
                 waiting[name] = _Bytes(layer.config, layout(layer.config, *kinds)["total_bytes"])
         replace_modules(model, waiting)
+        if checkpoint_files:
+            _check_stored(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -147,6 +163,27 @@ class PackedQuantizer(HfQuantizer):
         replace_modules(model, ready)
 
 
+def _check_stored(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuses lookups of other sizes than the files hold, or without weights, before there is memory for them."""
+    folder = model.config._name_or_path
+    try:
+        for file in files if Path(folder).is_dir() else ():
+            check_inside(Path(file), Path(folder))
+        shapes = stored_shapes(files)
+    except ValueError as error:
+        raise PackedError(f"{folder}: {error}") from None
+    stored = {_base_name(model, key): shape for key, shape in shapes.items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BranchedLookupFFN | _Bytes):
+            for key, tensor in layer.state_dict().items():
+                found = stored.get(f"{_base_name(model, name)}.{key}")
+                if found != list(tensor.shape):
+                    held = "lack it" if found is None else f"hold {found}"
+                    by = f"{key} is {list(tensor.shape)} by config.json, and the files {held}"
+                    raise PackedError(f"{folder}, layer {name!r}: {by}: save the model again")
+    check_sizes(model, shapes)
+
+
 def _replace_slots(model: PreTrainedModel, lookups: dict[str, dict[str, Any]]) -> None:
     """Puts lookups without weights where the feed-forward layers of a converted model were."""
     slots = {slot.name: slot for slot in slots_of(model)}
@@ -157,8 +194,11 @@ def _replace_slots(model: PreTrainedModel, lookups: dict[str, dict[str, Any]]) -
         try:
             with torch.device("meta"):
                 layer = BranchedLookupFFN.from_config(config, model.config.vocab_size, context)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"lookups[{name!r}]: {error}") from None
+            width, own = model.config.hidden_size, layer.lookup.config
+            check(own.in_features == width, "in_features", own.in_features, f"the model's width, {width}")
+            check(own.out_features == width, "out_features", own.out_features, f"the model's width, {width}")
+        except (TypeError, ValueError, RuntimeError) as error:  # torch's words on sizes too large go on for lines
+            raise ValueError(f"lookups[{name!r}]: {str(error).splitlines()[0]}") from None
         slots[name].replace(layer)
     if any(config["token_rows"] for config in lookups.values()):
         watch_ids(model, context)

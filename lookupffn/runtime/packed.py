@@ -370,7 +370,7 @@ def read_layers(path: str | Path, tune: bool = False) -> dict[str, PackedLookupF
             return {name: _load_layer(file, name, config, path, tune) for name, config in configs.items()}
     except PackedError:
         raise
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise PackedError(f"{path} is damaged or no file of packed layers: {error}") from error
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from lookupffn.errors import InputError
 from lookupffn.extras import require
+from lookupffn.files import check_inside
 from lookupffn.runtime.handles import register
 from lookupffn.runtime.records import POOLINGS, read_metadata
 
@@ -100,6 +101,7 @@ class Session:
         )
         if not path.is_file():
             raise InputError(f"{self.folder} holds no {MODEL_FILE}: give a folder that lookupffn.export wrote")
+        check_inside(path, self.folder)
         self._file, self.metadata = path, read_metadata(path)
         self._lib, self._model, self._pool = library(), c.c_void_p(), None
         _check(self._lib.lookupffn_isa(c.byref(c.c_char_p())))  # a wrong LOOKUPFFN_ISA is an error here, not in a call
@@ -119,6 +121,8 @@ class Session:
         d, mask_token = self._described, int(self.metadata.get("mask_token_id", 0))
         if self.labels and len(self.labels) != d.pooled_size:
             raise InputError(f"{path} is damaged: {len(self.labels)} labels for {d.pooled_size} outputs")
+        if not 1 <= (longest := int(self.metadata["max_length"])) <= d.max_positions:
+            raise InputError(f"{path} is damaged: max_length {longest} with {d.max_positions} positions")
         if not 0 <= mask_token < d.vocab_size:
             raise InputError(f"{path} is damaged: mask_token_id {mask_token} with {d.vocab_size} ids")
 
@@ -272,7 +276,12 @@ class Session:
             path = self._file.parent / "tokenizer.json"
             if not path.is_file():
                 raise InputError(f"{self.folder} holds no tokenizer.json: export the model with its tokenizer")
-            tokenizer = Tokenizer.from_file(str(path))
+            check_inside(path, self.folder)
+            try:
+                tokenizer = Tokenizer.from_file(str(path))
+            except Exception as error:  # its errors have no other class
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(f"{path} is no tokenizer ({reason}): export the model with its own") from None
             tokenizer.no_padding()
             side = (tokenizer.truncation or {}).get("direction", "right")
             tokenizer.enable_truncation(int(self.metadata["max_length"]), direction=side)

@@ -98,9 +98,10 @@ def test_folders_that_are_not_what_they_say_are_refused_by_layer(tmp_path):
     tensors = load_file(weights)
     name = "encoder.layers.1.ffn.packed"
     missing = {k: v for k, v in tensors.items() if k != name}
-    for changed in (tensors | {name: torch.zeros_like(tensors[name])}, missing):
+    zeros = tensors | {name: torch.zeros_like(tensors[name])}
+    for changed, reason in ((zeros, "not with b'LOOKUPFF'"), (missing, "the files lack it")):
         save_file(changed, weights, metadata={"format": "pt"})
-        with pytest.raises(PackedError, match=r"layer 'encoder.layers.1.ffn': .*not with b'LOOKUPFF'"):
+        with pytest.raises(PackedError, match=rf"layer 'encoder.layers.1.ffn': .*{reason}"):
             AutoModelForMaskedLM.from_pretrained(tmp_path)
 
 

@@ -153,7 +153,7 @@ def test_accounting_of_branches():
     lookup = branched.lookup
     assert branched.flops(3) == lookup.flops(3) + 3 * (2 * 2 * 48 * 12 + 4 * 48)
     assert branched.bytes_read(3) == lookup.bytes_read(3) + 4 * 2 * 48 * 12 + 3 * 4 * 48 * 4
-    with pytest.raises(ValueError, match="before must be 0 to 8, not 9"):
+    with pytest.raises(ValueError, match="before must be an int, 0 to 8, not 9"):
         TokenRows(4, 5, 6, TokenContext(), before=9)
     with pytest.raises(ValueError, match=r"ids of shape None for hidden states \[2, 48\]"):
         TokenRows(4, 48, 6, TokenContext())(torch.zeros(2, 48))
