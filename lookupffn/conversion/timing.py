@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ SECONDS = 0.3  # an engine and shape
 ENGINES = ("ONNX Runtime", "OpenVINO")  # of those at hand; PyTorch's compile for minutes
 
 
-def times(teacher: Any, packed: Path, baselines: Mapping[str, Any], threads: int = 1) -> dict[str, Any]:
+def times(
+    teacher: Any,
+    packed: Path,
+    baselines: Mapping[str, Any],
+    threads: int = 1,
+    shapes: Sequence[Shape] = SHAPES,
+    seconds: float = SECONDS,
+) -> dict[str, Any]:
     """Microseconds a token of texts with random ids, median, by shape and model; from ids to hidden states.
 
     All of the runtime's models have int8 linears. What is not installed is left out and named.
@@ -36,13 +43,13 @@ def times(teacher: Any, packed: Path, baselines: Mapping[str, Any], threads: int
         source = Source(teacher, folder, threads, 0)
         runs |= {name: built.run for name, built in build_dense(names, source, left_out).items()}
         generator, found = np.random.default_rng(0), {}
-        for shape in SHAPES:
+        for shape in shapes:
             lengths = lengths_of(shape, generator)
             mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
             ids = generator.integers(0, teacher.config.vocab_size, mask.shape) * mask
             calls = {name: (lambda run=run, ids=ids, mask=mask: run(ids, mask)) for name, run in runs.items()}
             for call in calls.values():
                 call()
-            taken = time_interleaved(calls, SECONDS * len(calls))
+            taken = time_interleaved(calls, seconds * len(calls))
             found[shape_name(shape)] = {name: t.median / int(lengths.sum()) * 1e6 for name, t in taken.items()}
     return {"threads": threads, "us_per_token": found, "left_out": left_out}
