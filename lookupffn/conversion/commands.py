@@ -75,13 +75,15 @@ def convert(
     from lookupffn.conversion.docstrings import docstrings
     from lookupffn.conversion.inputs import labelled_of, pairs_of
     from lookupffn.conversion.start import Shape
-    from lookupffn.hf.loading import load_encoder
+    from lookupffn.hf.loading import is_cross_encoder, load_encoder
     from lookupffn.train.data import EMBEDDED, documents
 
     make_folder(output)
     measured = [pairs_of(argument, encoding) for argument in pairs or []]
     told_apart = [labelled_of(argument, encoding) for argument in labelled or []]
     encoder, tokenizer = load_encoder(model, head=True)
+    if in_pairs is None:
+        in_pairs = is_cross_encoder(model)
     done = run(
         encoder,
         (line for _, line in docstrings())

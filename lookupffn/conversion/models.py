@@ -40,9 +40,7 @@ def parts_of(model: Any, tokenizer: Any, pooling: str, max_length: int, in_pairs
         return Parts(model.model, model.tokenizer, pooling, max_length, True)
     if tokenizer is None:
         raise InputError(f"{type(model).__name__} comes without a tokenizer: give one, or a SentenceTransformer")
-    # A CrossEncoder's own settings, where its folder was loaded as transformers does.
-    paired = hasattr(model.config, "sentence_transformers") if in_pairs is None else in_pairs
-    return Parts(model, tokenizer, pooling, max_length, paired)
+    return Parts(model, tokenizer, pooling, max_length, bool(in_pairs))
 
 
 def with_encoder(model: Any, student: Any) -> Any:

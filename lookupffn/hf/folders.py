@@ -59,8 +59,8 @@ def check_folder(name: str, part: str = "") -> None:
     Raises:
         ValueError: the message has the file, the entry and what to do.
     """
-    if Path(name).is_dir():
-        for path in (Path(name) / part).iterdir():
+    if (folder := Path(name) / part).is_dir():  # the part of a module without settings is often not there
+        for path in folder.iterdir():
             if not path.is_dir():
                 check_inside(path, Path(name))
     if find(name, "adapter_config.json", part):

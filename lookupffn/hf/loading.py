@@ -61,6 +61,12 @@ def _transformer(name: str, head: bool, part: str = "") -> Any:
     return model
 
 
+def is_cross_encoder(name: str) -> bool:
+    """Whether the folder was saved by sentence-transformers' CrossEncoder, which reads texts two by two."""
+    said = read_json(name, "config_sentence_transformers.json") or {}
+    return said.get("model_type") == "CrossEncoder" or "sentence_transformers" in (read_json(name, "config.json") or {})
+
+
 def _modules(name: str) -> list[dict]:
     """The modules of a SentenceTransformer; none where the folder is as transformers saves a model."""
     check_folder(name)

@@ -57,7 +57,7 @@ from lookupffn.conversion.quality import (
 )
 from lookupffn.conversion.start import Shape, collect, converted, start
 from lookupffn.conversion.texts import Tokens, passages
-from lookupffn.hf.loading import load_encoder
+from lookupffn.hf.loading import is_cross_encoder, load_encoder
 from lookupffn.hf.packed import mark_converted
 from lookupffn.hf.slots import slots_of
 
@@ -372,6 +372,8 @@ def test_a_cross_encoder_reads_two_texts_and_is_measured_by_its_scores(as_object
     CrossEncoder(str(tmp_path / "bert"), device="cpu").save_pretrained(str(tmp_path / "reranker"))
     model, own = CrossEncoder(str(tmp_path / "reranker"), device="cpu"), None
     if not as_object:
+        assert is_cross_encoder(str(tmp_path / "reranker"))
+        assert not is_cross_encoder(str(tmp_path / "bert"))
         model, own = load_encoder(str(tmp_path / "reranker"), head=True)
     pairs = [Pairs("pairs", ["w1 w2", "w3", "w4 w5"], ["w1 w3", "w9", "w4"], [1.0, 2.0, 3.0])]
     output, given = tmp_path / "out", {"tokens": 10_000, "shape": SHAPE, "max_length": 32, "baselines": False}

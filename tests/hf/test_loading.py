@@ -1,6 +1,7 @@
 """Models by their folders: with the head that a folder names, or refused; a shell exports what Python does."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -162,6 +163,12 @@ def test_a_cross_encoder_is_loaded_as_one(length, tmp_path):
     change(tmp_path / "ce" / "config.json", sentence_transformers={"activation_fn": "torch.nn.Sigmoid"})
     done = CliRunner().invoke(app, ["export", str(tmp_path / "ce"), "--output", str(tmp_path / "older")])
     assert (tmp_path / "older" / MODEL_FILE).read_bytes() == (expected / MODEL_FILE).read_bytes()
+
+
+def test_a_module_without_settings_needs_no_folder(tmp_path):
+    folder = sentence_transformer(tmp_path)
+    shutil.rmtree(folder / "2_Normalize")  # as older folders, all-MiniLM-L6-v2's among them
+    assert len(load_encoder(str(folder))[0]) == 3
 
 
 def test_a_sentence_transformer_counts_before_the_head_that_it_was_made_from(tmp_path):
