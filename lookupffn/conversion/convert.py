@@ -45,7 +45,7 @@ from lookupffn.runtime.session import Session
 STUDENT, NO_FFN, HALF, STATIC = "lookups", "no feed-forward layers", "half of the layers", "static vectors"
 PACKED = "lookups, packed"
 START_TOKENS = 40_000  # whose inputs and outputs the closed forms see
-TIMED_TOKENS = 12 * STEP_TOKENS
+TIMED_TOKENS = (2 * STEP_TOKENS, 14 * STEP_TOKENS)
 HELD_OUT_SHARE = 0.02  # of the tokens that are distilled on
 HELD_OUT = (300, 20_000)  # texts that are measured on, at least and at most
 
@@ -268,12 +268,16 @@ class _Run:
         return before
 
     def _fits(self, minutes: float, tokens: Tokens) -> int:
-        """Tokens that one model is distilled on in so many minutes, by the time of a few steps."""
-        student = converted(self.teacher, self.shape, self.start)
-        with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            distil(student, self.teacher, tokens, Distillation(folder, TIMED_TOKENS), self.answer, title="timing")
-        a_token = (time.perf_counter() - start) / TIMED_TOKENS
+        """Tokens that one model is distilled on in so many minutes: by the time of some steps over that of a few,
+        since what surrounds the steps takes seconds."""
+        student, seconds = converted(self.teacher, self.shape, self.start), []
+        for count in TIMED_TOKENS:
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.perf_counter()
+                distil(student, self.teacher, tokens, Distillation(folder, count), self.answer, title="timing")
+                seconds.append(time.perf_counter() - start)
+        few, some = seconds
+        a_token = max(some - few, some / 3) / (TIMED_TOKENS[1] - TIMED_TOKENS[0])
         found = [max(STEP_TOKENS, int(minutes * 60 / a_token))]
         return broadcast_object_list(found)[0] if self.state.num_processes > 1 else found[0]
 

@@ -46,7 +46,12 @@ def verdict(report: dict[str, Any]) -> list[str]:
     for baseline in report.get("baselines", {}):
         better = [m for m, v in measures.items() if _better(m, v.get(baseline), v.get(student))]
         if better:
-            lines.append(f"Better than the lookups: {baseline}, in {', '.join(better)}.")
+            line = f"Better than the lookups: {baseline}, in {', '.join(better)}"
+            times = report.get("timing", {}).get("us_per_token", {}).get(PLOTTED, {})
+            faster = baseline in times and times[baseline] < times[PACKED]
+            if faster:
+                line += f"; and faster, {times[baseline]:.0f} us a token at {PLOTTED} for {times[PACKED]:.0f}"
+            lines.append(f"{line}.")
     for measure, values in measures.items():
         if not {TEACHER, NO_FFN, student} <= values.keys():
             continue
@@ -89,7 +94,7 @@ def rows_of(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The table: headings, and a row a model; Spearman's correlations and accuracies beside the teacher's share."""
     measures = measures_of(report)
     times = report.get("timing", {}).get("us_per_token", {})
-    headings = ["model", *measures, "FFN multiply-adds", *(f"us a token, {shape}" for shape in times)]
+    headings = ["model", *measures, "FFN multiply-adds", *(f"us, {shape}" for shape in times)]
     rows = []
     for name, found in models_of(report).items():
         row = [name]
