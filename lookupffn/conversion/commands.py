@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from lookupffn.conversion.evaluate_command import evaluate
-from lookupffn.errors import InputError
 from lookupffn.extras import require
 from lookupffn.files import make_folder
 
@@ -63,10 +62,6 @@ def convert(
 
     Called again after it was cut off, it goes on. Several processes: torchrun -m lookupffn convert ...
     """
-    if (tokens is not None and tokens < 1) or not minutes > 0:
-        raise InputError(f"tokens and minutes must be positive, not {tokens} and {minutes}")
-    if keep is not None and not 0 < keep <= 1:
-        raise InputError(f"keep must be more than 0 and at most 1, not {keep}")
     require("lab", "lookupffn convert")
     from lookupffn.train.commands import quiet
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from lookupffn.conversion.baselines import half_the_layers, static_model, withou
 from lookupffn.conversion.distil import STEP_TOKENS, Distillation, distil
 from lookupffn.conversion.models import Parts, costs, fingerprint, parts_of, with_encoder
 from lookupffn.conversion.quality import Evaluation, Labelled, Pairs
-from lookupffn.conversion.report import write_report
+from lookupffn.conversion.report import HALF, NO_FFN, PACKED, STATIC, STUDENT, write_report
 from lookupffn.conversion.start import Shape, converted
 from lookupffn.conversion.texts import Text, Tokens, coverage, read_texts
 from lookupffn.conversion.timing import times
@@ -40,10 +39,9 @@ from lookupffn.hf.packed import mark_converted
 from lookupffn.hf.slots import slots_of
 from lookupffn.runtime.export import export
 from lookupffn.runtime.families import graph_of
+from lookupffn.runtime.format import TABLE_TYPES
 from lookupffn.runtime.session import Session
 
-STUDENT, NO_FFN, HALF, STATIC = "lookups", "no feed-forward layers", "half of the layers", "static vectors"
-PACKED = "lookups, packed"
 START_TOKENS = 40_000  # whose inputs and outputs the closed forms see
 TIMED_TOKENS = (2 * STEP_TOKENS, 14 * STEP_TOKENS)
 HELD_OUT_SHARE = 0.02  # of the tokens that are distilled on
@@ -93,9 +91,16 @@ def convert(
     after it was cut off, it goes on from its last checkpoint, to the same bits.
 
     Raises:
-        InputError: a family that is not known, too little text, a folder that holds something else.
+        InputError: a value out of its range, a family that is not known, too little text, a folder that holds something
+            else.
         WriteError: the folder cannot be written.
     """
+    if (tokens is not None and tokens < 1) or not minutes > 0:
+        raise InputError(f"tokens and minutes must be positive, not {tokens} and {minutes}")
+    if keep is not None and not 0 < keep <= 1:
+        raise InputError(f"keep must be more than 0 and at most 1, not {keep}")
+    if tables not in TABLE_TYPES:
+        raise InputError(f"tables must be one of {', '.join(TABLE_TYPES)}, not {tables!r}")
     parts = parts_of(model, tokenizer, pooling, max_length, in_pairs)
     graph_of(parts.encoder)  # what the runtime cannot run is refused before anything is trained
     run = _Run(
@@ -127,14 +132,8 @@ class _Run:
         minutes: float,
         keep: float | None,
     ):
-        self.model, self.folder, self.shape, self.tables, self.seed, self.keep = (
-            model,
-            folder,
-            shape,
-            tables,
-            seed,
-            keep,
-        )
+        self.model, self.folder, self.shape, self.tables = model, folder, shape, tables
+        self.seed, self.keep = seed, keep
         self.state = PartialState(cpu=not torch.cuda.is_available())
         self.tokenizer, self.pooling, self.max_length = parts.tokenizer, parts.pooling, parts.max_length
         self.teacher = copy.deepcopy(parts.encoder).eval()
@@ -150,6 +149,7 @@ class _Run:
         settings = {
             "shape": asdict(shape), "seed": seed, "tables": tables, "keep": keep, "tokens": tokens,
             "minutes": None if tokens else minutes, "model": fingerprint(self.teacher), "texts": read,
+            "pooling": self.pooling, "max_length": self.max_length, "measured": [p.name for p in (*pairs, *labelled)],
         }  # fmt: skip
         before = self._claim(settings)
         start = Tokens(self.tokenizer, texts[::-1], self.max_length, START_TOKENS)  # the first ones are held out
@@ -177,6 +177,7 @@ class _Run:
             "layers": self.layers,
             "tables": tables,
             "tokens": tokens,
+            "max_length": self.max_length,
             "texts": read | {"distilled_on": len(self.data), "of_tokens": self.data.total, "held_out": held},
             "coverage": self._coverage(pairs, labelled),
             "seed": seed,
@@ -192,7 +193,7 @@ class _Run:
         """The converted model; with ``keep``, of the most layers that keep enough, found by bisection."""
         if self.keep is None:
             return self._student(list(range(self.layers)))
-        sensitivity = self._once("sensitivity", lambda: {"cosine": self._sensitivity()})["cosine"]
+        sensitivity = self._once("sensitivity", lambda: {self.answer.measure: self._sensitivity()})[self.answer.measure]
         order = sorted(range(self.layers), key=lambda i: -sensitivity[i])
         low, high, best, tried = 0, self.layers, None, {}
         while low < high:  # `low` layers keep enough, more than `high` do not
@@ -236,8 +237,6 @@ class _Run:
         """The folder's contents, the report last; what was kept to go on from is removed."""
         if not self.state.is_main_process:
             return
-        for name in ("_name_or_path",):  # of the teacher
-            setattr(student.config, name, getattr(self.teacher.config, name, ""))
         mark_converted(student)
         with writing(self.folder):
             whole = with_encoder(self.model, student)
@@ -320,9 +319,8 @@ class _Run:
     def _sensitivity(self) -> list[float]:
         """For each layer, what is kept of the answer where it alone has no feed-forward layer; untrained."""
         found = []
-        few = dataclasses.replace(self.answer)  # the same, of fewer texts
         texts = self.held[: HELD_OUT[0]]
-        evaluation = Evaluation(self.teacher, self.tokenizer, texts, few, self.pooling, self.max_length)
+        evaluation = Evaluation(self.teacher, self.tokenizer, texts, self.answer, self.pooling, self.max_length)
         for i in range(self.layers):
             model = copy.deepcopy(self.teacher)
             slots_of(model)[i].replace(NoFFN())

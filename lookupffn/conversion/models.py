@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lookupffn.errors import InputError
+from lookupffn.hf.classifier import longest_text
 from lookupffn.hf.slots import slots_of
 
 
@@ -26,21 +27,29 @@ class Parts:
 
 
 def parts_of(model: Any, tokenizer: Any, pooling: str, max_length: int, in_pairs: bool | None) -> Parts:
-    """What is given holds where the model does not say it itself."""
-    if type(model).__name__ == "SentenceTransformer":
+    """What is given holds where the model does not say it itself; ``max_length`` as far as it has positions.
+
+    Raises:
+        InputError: there is no tokenizer, or a pooling that cannot be matched.
+    """
+    kind, paired = type(model).__name__, bool(in_pairs)
+    if kind == "SentenceTransformer":
         for module in list(model)[1:]:
             if type(module).__name__ == "Pooling":
-                mode = module.get_pooling_mode_str() if hasattr(module, "get_pooling_mode_str") else module.pooling_mode
-                pooling = mode
-        if pooling not in ("mean", "cls"):
-            raise InputError(f"pooling {pooling!r} cannot be matched: mean and cls can")
-        longest = min(max_length, model.max_seq_length or max_length)
-        return Parts(model[0].auto_model, model.tokenizer, pooling, longest, False)
-    if type(model).__name__ == "CrossEncoder":
-        return Parts(model.model, model.tokenizer, pooling, max_length, True)
+                pooling = (
+                    module.get_pooling_mode_str() if hasattr(module, "get_pooling_mode_str") else module.pooling_mode
+                )
+        encoder, tokenizer, paired = model[0].auto_model, model.tokenizer, False
+        max_length = min(max_length, model.max_seq_length or max_length)
+    elif kind == "CrossEncoder":
+        encoder, tokenizer, paired = model.model, model.tokenizer, True
+    else:
+        encoder = model
     if tokenizer is None:
-        raise InputError(f"{type(model).__name__} comes without a tokenizer: give one, or a SentenceTransformer")
-    return Parts(model, tokenizer, pooling, max_length, bool(in_pairs))
+        raise InputError(f"{kind} comes without a tokenizer: give one, or a SentenceTransformer")
+    if pooling not in ("mean", "cls"):
+        raise InputError(f"pooling {pooling!r} cannot be matched: mean and cls can")
+    return Parts(encoder, tokenizer, pooling, min(max_length, longest_text(encoder)), paired)
 
 
 def with_encoder(model: Any, student: Any) -> Any:

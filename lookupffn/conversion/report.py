@@ -14,7 +14,8 @@ from typing import Any
 
 from lookupffn.files import atomic_write
 
-TEACHER, STUDENT, PACKED, NO_FFN = "teacher", "lookups", "lookups, packed", "no feed-forward layers"
+TEACHER, STUDENT, PACKED = "teacher", "lookups", "lookups, packed"
+NO_FFN, HALF, STATIC = "no feed-forward layers", "half of the layers", "static vectors"
 ELSEWHERE = "teacher in "  # another engine than the runtime
 PLOTTED = "1 x 32"
 

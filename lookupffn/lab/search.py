@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -86,7 +85,3 @@ def _typed(console: Console) -> str:
         return console.input("[bold]search:[/] ").strip()
     except (EOFError, KeyboardInterrupt):
         return ""
-
-
-def sessions_of(folder: Any, teacher: Any, threads: int) -> dict[str, Session]:
-    return {"converted model": Session(folder, threads), "teacher": Session(teacher, threads)}

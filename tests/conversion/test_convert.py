@@ -45,6 +45,7 @@ from lookupffn.conversion.answers import answer_of
 from lookupffn.conversion.baselines import half_the_layers, without_ffns
 from lookupffn.conversion.convert import convert
 from lookupffn.conversion.distil import Distillation, distil
+from lookupffn.conversion.models import parts_of
 from lookupffn.conversion.quality import (
     Labelled,
     Pairs,
@@ -61,6 +62,7 @@ from lookupffn.hf.packed import mark_converted
 from lookupffn.hf.slots import slots_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+needs_runtime = pytest.mark.skipif(not native.available(), reason="the packed form needs the compiled library")
 SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
 WORDS = [f"w{i}" for i in range(300)]
 SIZES = SMALL | {"vocab_size": len(WORDS) + 5}
@@ -229,6 +231,24 @@ def test_a_killed_distillation_goes_on_to_the_same_bits(tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
+@needs_runtime
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "electra", "albert"])
+def test_baselines_of_every_family_run_in_the_runtime(family, tmp_path):
+    """They are timed there when everything is trained: too late to learn that they cannot."""
+    torch.manual_seed(0)
+    ids = torch.randint(5, 300, (2, 9))
+    for number, model in enumerate((half_the_layers(FAMILIES[family]())[0], without_ffns(FAMILIES[family]()))):
+        with torch.no_grad():
+            expected = model.eval()(input_ids=ids).last_hidden_state
+        found = Session(export(model, tmp_path / str(number), linears="float32"))(ids)
+        assert (found - expected).abs().max() <= 3e-5 * expected.abs().max()
+
+
+def test_texts_are_cut_to_the_positions_that_a_model_has(tokenizer):
+    model = BertModel(BertConfig(**SIZES | {"max_position_embeddings": 16}))
+    assert parts_of(model, tokenizer, "mean", 128, None).max_length == 16
+
+
 @pytest.mark.parametrize("family", ["bert", "albert", "distilbert", "modernbert"])
 def test_half_of_the_layers_match_the_states_behind_each_pair(family):
     torch.manual_seed(0)
@@ -247,9 +267,6 @@ def test_half_of_the_layers_match_the_states_behind_each_pair(family):
     student, states = half_the_layers(BertModel(BertConfig(**sizes)))
     assert len(student.encoder.layer) == 3
     assert states == [2, 4, 5]
-
-
-needs_runtime = pytest.mark.skipif(not native.available(), reason="the packed form needs the compiled library")
 
 
 @needs_runtime
@@ -324,6 +341,15 @@ def test_what_cannot_be_converted_is_named_before_anything_is_trained(tokenizer,
         convert(teacher, documents(), tmp_path, tokens=9)
     with pytest.raises(InputError, match="model_type 'deberta-v2' cannot be exported"):
         convert(FAMILIES["deberta-v2"](), documents(), tmp_path, tokens=9, tokenizer=tokenizer)
+    for given, message in (
+        ({"tables": "int5"}, "tables must be one of float32, bfloat16, int8, int4, not 'int5'"),
+        ({"pooling": "max"}, "pooling 'max' cannot be matched: mean and cls can"),
+        ({"tokens": 0}, "tokens and minutes must be positive, not 0"),
+        ({"keep": 1.5}, "keep must be more than 0 and at most 1, not 1.5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            convert(teacher, documents(), tmp_path, tokenizer=tokenizer, **{"tokens": 9} | given)
+    assert not (tmp_path / "distillation").exists()
 
 
 @needs_runtime
