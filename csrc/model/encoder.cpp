@@ -74,6 +74,9 @@ std::string check_config(const EncoderConfig& c) {
   if (c.window ? c.global_every < 1 || c.global_every > kMostLayers : c.global_every != 0)
     return field("global_every", c.global_every);
   if (c.embedding_width < 0 || c.embedding_width > kMostFeatures) return field("embedding_width", c.embedding_width);
+  if (c.distance_buckets < 0 || c.distance_buckets % kPadding || c.distance_buckets > kMostFeatures ||
+      (c.distance_buckets && (c.rotary || c.relative || c.window || c.causal)))
+    return field("distance_buckets", c.distance_buckets);
   if (c.first_position < 0 || c.first_position >= c.max_positions) return field("first_position", c.first_position);
   return "";
 }
@@ -82,6 +85,22 @@ std::string fits(const char* name, const Linear& l, int in, int out) {
   if (l.in_features == in && l.out_features == out) return "";
   return std::string(name) + " takes " + std::to_string(l.in_features) + " to " + std::to_string(l.out_features) +
          ", the model needs " + std::to_string(in) + " to " + std::to_string(out);
+}
+
+// A bucket for each distance, as whole numbers in one row.
+std::string open_buckets(Records* records, const EncoderConfig& c, std::vector<int32_t>* buckets) {
+  Embedding row;
+  std::string wrong = records->next("distance buckets", open_embedding, &row);
+  if (!wrong.empty()) return wrong;
+  if (row.rows != 1 || row.width != 2 * c.max_positions - 1) return "distance buckets do not fit";
+  for (int i = 0; i < row.width; i++) {
+    const float bucket = row.values[i];
+    if (!(bucket >= 0 && bucket < float(c.distance_buckets)) || bucket != float(int32_t(bucket)))
+      return "a distance has bucket " + std::to_string(bucket) + " of " + std::to_string(c.distance_buckets);
+    if (i && bucket > row.values[i - 1]) return "buckets rise with the distance";
+    buckets->push_back(int32_t(bucket));
+  }
+  return "";
 }
 
 std::string open_branches_of(Records* records, int width, EncoderLayer* l) {
@@ -184,10 +203,13 @@ std::string open_encoder(Bytes model, Encoder* e) {
   const int distances = 2 * c.max_positions + kLanes - 2;  // and what a vector reads behind the last
   const int embedded = c.embedding_width ? c.embedding_width : c.width;
   if (!(wrong = embedding("words", c.vocab_size, embedded, &e->words)).empty()) return wrong;
-  if (!c.rotary && !(wrong = embedding("positions", c.max_positions, embedded, &e->positions)).empty()) return wrong;
+  if (c.embeds_positions() && !(wrong = embedding("positions", c.max_positions, embedded, &e->positions)).empty())
+    return wrong;
   for (int i = 0; i < (c.rotary ? c.window ? 2 : 1 : 0); i++)
     if (!(wrong = embedding("rotations", c.max_positions, c.head_dim, &e->rotations[i])).empty()) return wrong;
   if (c.relative && !(wrong = embedding("relative", c.heads, distances, &e->relative)).empty()) return wrong;
+  e->buckets.clear();
+  if (c.distance_buckets && !(wrong = open_buckets(&records, c, &e->buckets)).empty()) return wrong;
   if (c.window) {
     e->window_bias.assign(size_t(distances), -std::numeric_limits<float>::infinity());
     const int middle = c.max_positions - 1;
@@ -207,6 +229,11 @@ std::string open_encoder(Bytes model, Encoder* e) {
     if (!bare && !(wrong = norm("attention norm", c.width, &l.attention_norm)).empty()) return wrong;
     if (!(wrong = records.next("query, key, value", open_linear, &l.query_key_value)).empty()) return wrong;
     if (!(wrong = fits("query, key, value", l.query_key_value, c.width, 3 * c.attention_width())).empty()) return wrong;
+    for (auto [name, l] : {std::pair("position keys", &l.position_keys), {"position queries", &l.position_queries}}) {
+      if (!c.distance_buckets) break;
+      if (!(wrong = records.next(name, open_linear, l)).empty()) return wrong;
+      if (!(wrong = fits(name, *l, c.head_dim, c.heads * c.distance_buckets)).empty()) return wrong;
+    }
     if (!(wrong = records.next("output", open_linear, &l.output)).empty()) return wrong;
     if (!(wrong = fits("output", l.output, c.attention_width(), c.width)).empty()) return wrong;
     if (!(wrong = norm("ffn norm", c.width, &l.ffn_norm)).empty()) return wrong;
@@ -242,7 +269,7 @@ std::string check_batch(const Encoder& e, const Batch& b, int64_t* tokens) {
   for (int64_t i = 0; i < b.texts; i++) {
     const int32_t length = b.lengths[i];
     if (length < 1) return "text " + std::to_string(i) + " has " + std::to_string(length) + " tokens";
-    const bool far = (c.relative || c.window) && !b.offsets && length > c.max_positions;
+    const bool far = (c.relative || c.window || c.distance_buckets) && !b.offsets && length > c.max_positions;
     if (far || (!b.positions && length > c.max_positions - c.first_position))
       return "text " + std::to_string(i) + " has " + std::to_string(length) + " tokens, the model has positions for " +
              std::to_string(c.max_positions - c.first_position);

@@ -31,14 +31,19 @@ struct EncoderConfig {
   int32_t window;           // of local layers: keys further away are not attended to; 0: no layer is local
   int32_t global_every;     // with a window: layers 0, n, 2 n, ... attend to all keys
   int32_t embedding_width;  // of embeddings that a linear takes to the width of layers; 0: they have it, without one
+  // Of disentangled attention: scores have products of queries and keys with those of positions, a bucket of distances
+  // each; padded to a multiple of 64. Positions are not embedded then. 0: there are none.
+  int32_t distance_buckets;
 
   bool is_local(int layer) const { return window && layer % global_every; }
   int attention_width() const { return heads * head_dim; }
+  bool embeds_positions() const { return !rotary && !distance_buckets; }
 };
 
 struct EncoderLayer {
   Norm attention_norm, ffn_norm;
   Linear query_key_value, output;
+  Linear position_keys, position_queries;  // head_dim to [heads][distance_buckets], with distance_buckets
   bool has_lookup, has_ffn;
   Linear up, gate, down;  // a dense FFN
   Layer lookup;           // or a lookup, and what is added to it
@@ -57,6 +62,7 @@ struct Encoder {
   std::vector<EncoderLayer> layers;
   std::vector<Linear> head;
   std::vector<float> window_bias;  // a row as of `relative`: 0 within the window, minus infinity behind
+  std::vector<int32_t> buckets;    // of distances, from 1 - max_positions on, with distance_buckets
   int widest, head_widest;         // of rows between the layers' products, of the head's; padded
 
   int pooled_size() const { return head.empty() ? config.width : head.back().out_features; }

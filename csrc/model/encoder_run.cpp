@@ -49,7 +49,8 @@ struct ThreadMemory {
   uint8_t* quantised;  // [tile][widest][kMaxPlanes]
   float* sums;         // [tile][64]
   float *keys, *values, *scores, *bias;
-  void* lookup;  // workspace of the widest lookup
+  float* by_bucket[2];  // [longest][distance_buckets] products of queries and of keys with those of positions
+  void* lookup;         // workspace of the widest lookup
 
   ThreadMemory(Carver& memory, const Encoder& e, int64_t longest, size_t lookup_bytes) {
     const EncoderConfig& c = e.config;
@@ -60,7 +61,9 @@ struct ThreadMemory {
     keys = memory.take<float>(size_t(c.head_dim) * keys_stride(longest));
     values = memory.take<float>(size_t(c.head_dim) * longest);
     scores = memory.take<float>(size_t(kMaxQueryTile) * keys_stride(longest));
-    bias = memory.take<float>(c.relative || c.window ? size_t(kMaxQueryTile) * keys_stride(longest) : 0);
+    const bool biased = c.relative || c.window || c.distance_buckets;
+    bias = memory.take<float>(biased ? size_t(kMaxQueryTile) * keys_stride(longest) : 0);
+    for (float*& products : by_bucket) products = memory.take<float>(size_t(longest) * c.distance_buckets);
     lookup = memory.take<uint8_t>(lookup_bytes);
   }
 };
@@ -168,7 +171,7 @@ struct Chunk {
         const int64_t at = start + token;
         AddRowsArgs args = {.rows = {}, .count = 1, .padded = int(padded), .y = sums + size_t(token - t) * padded};
         args.rows[0] = e().words.values + size_t(b.ids[at]) * padded;
-        if (!c.rotary) args.rows[args.count++] = e().positions.values + size_t(position_of(at, i)) * padded;
+        if (c.embeds_positions()) args.rows[args.count++] = e().positions.values + size_t(position_of(at, i)) * padded;
         if (c.type_vocab_size) args.rows[args.count++] = e().types.values + size_t(b.types ? b.types[at] : 0) * padded;
         call.k.encoder->add_rows(args);
       });
@@ -192,12 +195,49 @@ struct Chunk {
       return call.k.encoder->attend(a);
     }
     const int32_t* const offsets = call.batch.offsets + token;
+    attend_tiles(m, a, [&](int64_t i, int j) { return by_distance[offsets[j] - offsets[i]]; });
+  }
+
+  // Biases of a head: q_i pk[b] + k_j pq[b] of bucket b of the distance j - i (He et al. 2021, equations 4 and 5).
+  void attend_disentangled(const ThreadMemory& m, const AttendArgs& a, int number, int head, int64_t token) const {
+    const EncoderLayer& l = e().layers[size_t(number)];
+    const EncoderConfig& c = config();
+    const int32_t* const offsets = call.batch.offsets ? call.batch.offsets + token : nullptr;
+    const int32_t* const bucket = e().buckets.data() + c.max_positions - 1;
+    int furthest = a.keys - 1;
+    if (offsets) {
+      const auto [nearest, last] = std::minmax_element(offsets, offsets + a.keys);
+      furthest = *last - *nearest;
+    }
+    const int begin = bucket[furthest] / kPadding * kPadding, end = bucket[-furthest] / kPadding * kPadding + kPadding;
+    const size_t stride = size_t(end - begin);
+    for (int side = 0; side < 2; side++) {
+      const Linear& all = side ? l.position_queries : l.position_keys;
+      const Linear some = outputs_of(all, head * c.distance_buckets + begin, head * c.distance_buckets + end);
+      for (int64_t t = 0; t < a.keys; t += kTile) {
+        const int count = int(std::min<int64_t>(kTile, a.keys - t));
+        std::memset(m.rows[0], 0, 4 * size_t(count) * some.block_in);
+        for (int i = 0; i < count; i++)
+          std::memcpy(m.rows[0] + i * some.block_in, a.q + side * c.attention_width() + (t + i) * a.stride,
+                      4 * size_t(c.head_dim));
+        linear(m, some, m.rows[0], size_t(some.block_in), count, m.by_bucket[side] + t * stride, stride);
+      }
+    }
+    attend_tiles(m, a, [&](int64_t i, int j) {
+      const int b = bucket[offsets ? offsets[j] - offsets[i] : j - i] - begin;
+      return m.by_bucket[0][i * stride + b] + m.by_bucket[1][j * stride + b];
+    });
+  }
+
+  // Writes bias(query, key) out for a tile of queries at a time.
+  template <typename Bias>
+  void attend_tiles(const ThreadMemory& m, AttendArgs a, const Bias& bias) const {
     a.bias = m.bias, a.bias_step = int64_t(a.keys_stride);
     for (int64_t end = a.keys; a.begin < end; a.begin = a.end) {
       a.end = std::min<int64_t>(a.begin + kMaxQueryTile, end);
       for (int64_t i = a.begin; i < a.end; i++) {
         float* const row = m.bias + (i - a.begin) * a.bias_step;
-        for (int j = 0; j < a.keys; j++) row[j] = by_distance[offsets[j] - offsets[i]];
+        for (int j = 0; j < a.keys; j++) row[j] = bias(i, j);
         std::fill(row + a.keys, row + a.bias_step, 0.0f);
       }
       call.k.encoder->attend(a);
@@ -257,6 +297,10 @@ struct Chunk {
                                 .scores = m.scores,
                                 .y = memory.context + token * l.output.block_in + unit % c.heads * c.head_dim,
                                 .y_stride = l.output.block_in};
+        if (c.distance_buckets) {
+          attend_disentangled(m, all, number, int(unit % c.heads), start + token);
+          continue;
+        }
         const float* const by_distance = bias_by_distance(number, int(unit % c.heads));
         by_distance ? attend_biased(m, all, by_distance, start + token, c.is_local(number) ? c.window : 0)
                     : call.k.encoder->attend(all);

@@ -104,6 +104,15 @@ std::string open_linear(Bytes bytes, Linear* l) {
   return sections.end();
 }
 
+Linear outputs_of(const Linear& l, int begin, int end) {
+  Linear some = l;
+  some.out_features = some.block_out = some.weights.block_out = end - begin;
+  some.weights.words += size_t(begin) * size_t(l.block_in) * element_size(l.type);
+  if (l.type == WeightType::kInt8) some.weights.scales += begin, some.weights.offsets += begin;
+  some.bias += begin;
+  return some;
+}
+
 std::string open_norm(Bytes bytes, Norm* n) {
   RecordHeader h;
   std::string wrong = open_record(bytes, RecordKind::kNorm, 4, &h);

@@ -45,6 +45,9 @@ struct Linear {
   const float* bias;  // [block_out]
 };
 
+// Outputs [begin, end) of a linear, multiples of 64.
+Linear outputs_of(const Linear&, int begin, int end);
+
 struct Norm {
   int width, padded;
   bool rms;

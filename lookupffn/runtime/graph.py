@@ -64,6 +64,8 @@ class Layer:
     output: Product
     ffn_norm: Norm
     ffn: Dense | LookupFFN | BranchedLookupFFN | NoFFN
+    position_keys: Tensor | None = None  # (buckets, attention width), with `distance_buckets`
+    position_queries: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class Graph:
         ones: cosines for the pairs ``(i, i + head_dim / 2)``, then sines.
     relative: added to attention scores, ``(heads, 2 max_positions - 1)`` by the key's distance from the query, from
         ``1 - max_positions`` on.
+    distance_buckets: of disentangled attention (He et al. 2021), ``(2 max_positions - 1,)`` by the key's distance from
+        the query: the row of a layer's ``position_keys`` and ``position_queries`` whose products with the query and the
+        key are added to their score.
+    score_terms: scores are divided by ``sqrt(score_terms head_dim)``.
     window: keys further away are not attended to, except in every ``global_every``-th layer, from layer 0 on.
     head: linears behind the pooling, and their activations; ``head_norm`` stands behind the first.
     """
@@ -93,6 +99,8 @@ class Graph:
     causal: bool = False
     rotations: tuple[Tensor, ...] = ()
     relative: Tensor | None = None
+    distance_buckets: Tensor | None = None
+    score_terms: int = 1
     window: int = 0
     global_every: int = 0
     position_rule: str = "index"

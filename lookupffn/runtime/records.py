@@ -135,6 +135,8 @@ def records_of(graph: Graph, linears: str, tables: str) -> Iterator[tuple[str, T
         yield f"rotations.{i}", embedding_record(_padded_halves(angles, 1, graph.head_dim).flatten(1))
     if graph.relative is not None:  # and zeros for what a vector reads behind the last distance
         yield "relative", embedding_record(F.pad(graph.relative, (0, LANES - 1)))
+    if graph.distance_buckets is not None:
+        yield "distance_buckets", embedding_record(graph.distance_buckets[None].float())
     if graph.types is not None:
         yield "types", embedding_record(graph.types)
     if graph.embedding_norm:
@@ -155,6 +157,11 @@ def records_of(graph: Graph, linears: str, tables: str) -> Iterator[tuple[str, T
             yield "head_norm", norm_record(graph.head_norm)
 
 
+def _padded_buckets(graph: Graph) -> int:
+    positions = graph.layers[0].position_keys if graph.layers else None
+    return 0 if positions is None else round_up(len(positions), PADDING)
+
+
 def _padded_head_dim(graph: Graph) -> int:
     return round_up(graph.head_dim, 2 * LANES if graph.rotations else LANES)
 
@@ -165,12 +172,23 @@ def _padded_halves(values: Tensor, dim: int, head_dim: int) -> Tensor:
     return F.pad(halves, (*(0, 0) * (halves.dim() - dim - 2), 0, -(head_dim // 2) % LANES))
 
 
+def _score_scale(graph: Graph) -> float:
+    return 1 / math.sqrt(graph.score_terms * graph.head_dim)
+
+
+def _by_bucket(graph: Graph, positions: Tensor, scale: float = 1.0) -> Linear:
+    """From a head's dimensions to its products with positions ``(buckets, attention width)``, of all heads."""
+    rows = positions.double().unflatten(1, (graph.heads, -1)).transpose(0, 1) * scale  # (heads, buckets, head_dim)
+    pad = _padded_head_dim(graph) - graph.head_dim
+    return Linear(F.pad(rows, (0, pad, 0, -rows.shape[1] % PADDING)).flatten(0, 1), None)
+
+
 def _fused(graph: Graph, layer: Layer) -> Linear:
     """Query, key and value as one product; queries are scaled."""
     heads, head_dim = graph.heads, graph.head_dim
     pad = _padded_head_dim(graph) - head_dim
     weights, biases = [], []
-    for part, scale in ((layer.query, 1 / math.sqrt(head_dim)), (layer.key, 1.0), (layer.value, 1.0)):
+    for part, scale in ((layer.query, _score_scale(graph)), (layer.key, 1.0), (layer.value, 1.0)):
         bias = torch.zeros(len(part.weight)) if part.bias is None else part.bias
         rows = torch.cat([part.weight.double(), bias.double()[:, None]], 1).unflatten(0, (heads, head_dim)) * scale
         rotated = graph.rotations and part is not layer.value
@@ -184,6 +202,9 @@ def _layer_records(graph: Graph, layer: Layer, linears: str, tables: str) -> Ite
     if layer.attention_norm:
         yield "attention_norm", norm_record(layer.attention_norm)
     yield "query_key_value", linear_record(_fused(graph, layer), linears)
+    if layer.position_keys is not None and layer.position_queries is not None:
+        yield "position_keys", linear_record(_by_bucket(graph, layer.position_keys), linears)
+        yield "position_queries", linear_record(_by_bucket(graph, layer.position_queries, _score_scale(graph)), linears)
     pad = _padded_head_dim(graph) - graph.head_dim
     output = F.pad(layer.output.weight.double().unflatten(1, (graph.heads, -1)), (0, pad)).flatten(1)
     yield "output", linear_record(Linear(output, layer.output.bias), linears)
@@ -241,6 +262,7 @@ def model_record(graph: Graph, names: list[str], records: dict[str, Tensor]) -> 
         graph.window,
         graph.global_every,
         0 if graph.embedding_projection is None else graph.words.shape[1],
+        _padded_buckets(graph),
     ]
     config = F.pad(torch.tensor(numbers, dtype=torch.int32), (0, CONFIG_BYTES // 4 - len(numbers)))
     position = RECORD.itemsize + CONFIG_BYTES + round_up(16 * len(names), 64)
@@ -268,6 +290,7 @@ def _weights(graph: Graph) -> dict[str, Tensor | None]:
         named = {
             name: getattr(layer, name) for name in ("attention_norm", "query", "key", "value", "output", "ffn_norm")
         }
+        found |= {f"layers.{i}.{name}": getattr(layer, name) for name in ("position_keys", "position_queries")}
         if isinstance(layer.ffn, Dense):
             named |= {"up": layer.ffn.up, "gate": layer.ffn.gate, "down": layer.ffn.down}
         elif isinstance(layer.ffn, BranchedLookupFFN):

@@ -73,7 +73,9 @@ FAMILIES = {
     "roberta": lambda: RobertaModel(RobertaConfig(**SIZES)),
     "mpnet": lambda: MPNetModel(MPNetConfig(**SIZES)),
     "electra": lambda: ElectraModel(ElectraConfig(embedding_size=16, **SIZES)),
-    "deberta-v2": lambda: DebertaV2Model(DebertaV2Config(**SIZES)),
+    "deberta-v2": lambda: DebertaV2Model(
+        DebertaV2Config(**SIZES, relative_attention=True, position_biased_input=False, pos_att_type="c2p|p2c")
+    ),
     "distilbert": lambda: DistilBertModel(
         DistilBertConfig(vocab_size=len(WORDS) + 5, dim=32, n_heads=2, n_layers=2, hidden_dim=64)
     ),
@@ -232,7 +234,9 @@ def test_a_killed_distillation_goes_on_to_the_same_bits(tokenizer, tmp_path):
 
 
 @needs_runtime
-@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "electra", "albert"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "electra", "albert", "deberta-v2"]
+)
 def test_baselines_of_every_family_run_in_the_runtime(family, tmp_path):
     """They are timed there when everything is trained: too late to learn that they cannot."""
     torch.manual_seed(0)
@@ -432,7 +436,9 @@ def randomised_teacher():
 
 
 @needs_runtime
-@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "electra", "albert"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "mpnet", "distilbert", "modernbert", "electra", "albert", "deberta-v2"]
+)
 def test_a_converted_model_of_every_family_runs_in_the_runtime(family, tmp_path):
     """One layer of lookups, one without a feed-forward layer."""
     torch.manual_seed(0)

@@ -157,9 +157,11 @@ std::string test_models(const Options& options) {
     const EncoderConfig& c = model.config;
     const std::string name = text(
         "model %d: width %d, %d layers, %d heads of %d, %d positions from %d on, pooling %d, %d linears behind, "
-        "head norm %d, bare start %d, gated %d, rotary %d, relative %d, window %d, every %d global, embeddings of %d",
+        "head norm %d, bare start %d, gated %d, rotary %d, relative %d, window %d, every %d global, embeddings of %d, "
+        "%d buckets of distances",
         n, c.width, c.layers, c.heads, c.head_dim, c.max_positions, c.first_position, int(c.pooling), c.head,
-        c.head_norm, c.bare_start, c.gated, c.rotary, c.relative, c.window, c.global_every, c.embedding_width);
+        c.head_norm, c.bare_start, c.gated, c.rotary, c.relative, c.window, c.global_every, c.embedding_width,
+        c.distance_buckets);
     set_case(name);
     const GuardedBytes guarded(model.bytes);
     Encoder e;

@@ -155,6 +155,18 @@ inline Model model_of(const EncoderConfig& config, const std::vector<Vector>& re
   return model;
 }
 
+// A bucket for each distance, which falls as they rise.
+inline Vector buckets_record(int distances, int buckets, Random& random) {
+  Vector row(4 * round_up(size_t(distances), 64), 0);
+  int bucket = buckets - 1;
+  for (int i = 0; i < distances; i++) {
+    const float value = float(bucket);
+    memcpy(row.data() + 4 * i, &value, 4);
+    bucket = std::max(0, bucket - random.below(4));
+  }
+  return record_of(RecordKind::kEmbedding, {1, distances, int32_t(row.size() / 4)}, {row});
+}
+
 // A model of one or two layers, of any kind that there is. With `alike` results of implementations can be compared: no
 // hash, which is not continuous, and no int8.
 inline Model random_model(Random& random, bool alike = false) {
@@ -182,16 +194,19 @@ inline Model random_model(Random& random, bool alike = false) {
     c.window = random.between(1, std::min(12, c.max_positions));
     c.global_every = random.between(1, 3);
   }
+  if (!c.relative && !c.causal && !c.rotary && !c.window && random.one_in(2))
+    c.distance_buckets = random.pick({64, 128, 192});
   c.embedding_width = random.pick({0, 0, 1, 64, 70, 130});
   const WeightType floats = random.one_in(2) ? WeightType::kFloat32 : WeightType::kBFloat16;
   const WeightType type = alike || random.one_in(3) ? floats : WeightType::kInt8;
   const bool rms = random.one_in(3);
   const int embedded = c.embedding_width ? c.embedding_width : c.width;
   std::vector<Vector> records = {embedding_record(c.vocab_size, embedded, random)};
-  if (!c.rotary) records.push_back(embedding_record(c.max_positions, embedded, random));
+  if (c.embeds_positions()) records.push_back(embedding_record(c.max_positions, embedded, random));
   for (int i = 0; i < (c.rotary ? c.window ? 2 : 1 : 0); i++)
     records.push_back(embedding_record(c.max_positions, c.head_dim, random));
   if (c.relative) records.push_back(embedding_record(c.heads, 2 * c.max_positions + 14, random));
+  if (c.distance_buckets) records.push_back(buckets_record(2 * c.max_positions - 1, c.distance_buckets, random));
   const auto norm = [&](int width) { records.push_back(norm_record(width, rms, 1e-6f, random)); };
   const auto linear = [&](int in, int out) {
     records.push_back(linear_record(in, out, type, Activation(random.below(6)), random));
@@ -208,6 +223,8 @@ inline Model random_model(Random& random, bool alike = false) {
     }
     if (i || !c.bare_start) norm(c.width);
     records.push_back(linear_record(c.width, 3 * c.attention_width(), type, Activation::kNone, random));
+    for (int side = 0; side < (c.distance_buckets ? 2 : 0); side++)
+      records.push_back(linear_record(c.head_dim, c.heads * c.distance_buckets, type, Activation::kNone, random));
     records.push_back(linear_record(c.attention_width(), c.width, type, Activation::kNone, random));
     norm(c.width);
     if (!alike && random.one_in(2)) {
@@ -274,7 +291,8 @@ inline Texts random_texts(const EncoderConfig& c, int count, Random& random) {
   Texts t;
   t.has_positions = random.one_in(3), t.has_types = random.one_in(2);
   t.has_offsets = random.one_in(3);
-  const bool near = (c.relative || c.window) && !t.has_offsets;  // texts no longer than distances go
+  const bool near =
+      (c.relative || c.window || c.distance_buckets) && !t.has_offsets;  // texts no longer than distances go
   const int longest = c.max_positions - (t.has_positions ? 0 : c.first_position) + (t.has_positions && !near ? 5 : 0);
   for (int i = 0; i < count; i++) {
     t.lengths.push_back(random.one_in(3) ? random.between(1, longest) : std::min(longest, random.between(1, 9)));

@@ -5,12 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from encoders import deberta_config
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
     BertConfig,
     BertForMaskedLM,
     BertTokenizerFast,
+    DebertaV2ForMaskedLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
     ElectraConfig,
@@ -50,6 +52,8 @@ MODELS = {
     ),
     "mpnet": lambda: MPNetForMaskedLM(MPNetConfig(**SIZES | {"pad_token_id": 1})),
     "albert": lambda: AlbertForMaskedLM(AlbertConfig(**SIZES, embedding_size=24)),
+    "deberta": lambda: DebertaV2ForMaskedLM(deberta_config(vocab_size=VOCAB)),
+    "deberta, legacy": lambda: DebertaV2ForMaskedLM(deberta_config(vocab_size=VOCAB, legacy=True)),
     "electra": lambda: ElectraForMaskedLM(ElectraConfig(**SIZES, embedding_size=24, hidden_act="relu")),
     "modernbert": lambda: ModernBertForMaskedLM(ModernBertConfig(**SIZES, local_attention=12)),
     "own": lambda: own(LookupRobertaForMaskedLM),

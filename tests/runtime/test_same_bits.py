@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from encoders import MODELS, VOCAB, roberta
 from test_branches import model as branched
 from test_language_models import MODELS as LANGUAGE_MODELS
-from test_session import MODELS, VOCAB, roberta
 from transformers import RobertaForSequenceClassification
 
 from lookupffn import Session, export, native
@@ -76,7 +76,7 @@ def test_a_text_has_the_same_bits_alone_in_any_batch_and_on_any_threads(name, li
             assert same(pooled[row], vectors[i])
 
 
-@pytest.mark.parametrize("name", ["bert", "own, lookup", "modernbert", "mpnet", "electra", "albert"])
+@pytest.mark.parametrize("name", ["bert", "own, lookup", "modernbert", "mpnet", "electra", "albert", "deberta"])
 def test_a_text_with_holes_has_the_same_bits_in_any_batch(name, tmp_path):
     folder = export(made(name), tmp_path, linears="int8", pooling="mean")
     sessions = [Session(folder, threads) for threads in (1, 3)]

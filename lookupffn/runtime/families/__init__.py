@@ -15,6 +15,7 @@ from lookupffn.runtime.graph import Graph
 FAMILIES = {
     "albert": "albert",
     "bert": "bert",
+    "deberta-v2": "deberta",
     "distilbert": "distilbert",
     "electra": "electra",
     "lookup_roberta": "lookup_roberta",
