@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from lookupffn.errors import InputError
 from lookupffn.runtime.families.bert import feed_forward
@@ -59,11 +58,9 @@ def graph(model: Any) -> Graph:
 
 def _buckets(encoder: Any, max_positions: int) -> Tensor:
     """The row of the positions' embeddings for each distance of a key from its query."""
-    distances = torch.arange(max_positions - 1, -max_positions, -1)  # of the query from the key
+    (found,) = encoder.get_rel_pos(torch.empty(1, max_positions, 1))  # (query, key)
     span = len(encoder.rel_embeddings.weight) // 2
-    if encoder.position_buckets > 0:
-        distances = make_log_bucket_position(distances, encoder.position_buckets, encoder.max_relative_positions)
-    return (distances.long() + span).clamp(0, 2 * span - 1)
+    return (torch.cat([found[:, 0].flip(0), found[0, 1:]]) + span).clamp(0, 2 * span - 1)
 
 
 def _layer(layer: Any, config: Any, number: int, positions: Tensor) -> Layer:
