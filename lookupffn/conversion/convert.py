@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from lookupffn.conversion.models import Parts, costs, fingerprint, parts_of, wit
 from lookupffn.conversion.quality import Evaluation, Labelled, Pairs
 from lookupffn.conversion.report import HALF, NO_FFN, PACKED, STATIC, STUDENT, write_report
 from lookupffn.conversion.start import Shape, converted
-from lookupffn.conversion.texts import Text, Tokens, coverage, read_texts
+from lookupffn.conversion.texts import Text, Tokens, coverage, in_spans, read_texts
 from lookupffn.conversion.timing import times
 from lookupffn.errors import InputError
 from lookupffn.files import atomic_replace, atomic_write, make_folder, writing
@@ -161,6 +161,8 @@ class _Run:
         held = int(np.clip(HELD_OUT_SHARE * tokens / mean, *HELD_OUT))
         held = min(held, len(texts) // 10)
         self.held, distilled = texts[:held], texts[held:]
+        if self.answer.kind == "vectors":
+            distilled = in_spans(cast(list[str], distilled), seed)
         self.data = Tokens(self.tokenizer, distilled, self.max_length, tokens)
         if self.state.is_main_process:
             atomic_write(self.work / "settings.json", json.dumps(settings | {"budget": tokens}, indent=1) + "\n")

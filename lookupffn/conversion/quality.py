@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from lookupffn.conversion.answers import Answer, hidden_of, masked, pooled
 from lookupffn.conversion.distil import layer_errors
 from lookupffn.conversion.texts import Text, Tokens
 from lookupffn.errors import InputError
+from lookupffn.train.data import progress_bar
 
 NEAREST = 10
 BATCH_TOKENS = 4096
@@ -42,12 +43,18 @@ class Labelled:
     labels: list[Any]
 
 
+def _batches(tokens: Tokens) -> Iterable[np.ndarray]:
+    """With a bar where they take more than some seconds."""
+    batches = tokens.batches(BATCH_TOKENS, np.random.default_rng(0))
+    return progress_bar(iterable=batches, desc="measuring", unit="batch", leave=False, delay=3)
+
+
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, texts: Sequence[str], pooling: str, max_length: int) -> np.ndarray:
     """Vectors ``(texts, width)`` float32 of length 1, in the order of the texts."""
     tokens = Tokens(tokenizer, texts, max_length)
     vectors: np.ndarray | None = None
-    for chosen in tokens.batches(BATCH_TOKENS, np.random.default_rng(0)):
+    for chosen in _batches(tokens):
         batch = tokens.batch(chosen)
         hidden = hidden_of(model(**batch))
         found = F.normalize(pooled(hidden, batch["attention_mask"], pooling)).numpy()
@@ -102,7 +109,7 @@ def logits(model: Any, tokenizer: Any, texts: Sequence[Text], max_length: int) -
     """A classifier's ``(texts, labels)`` float32, in the order of the texts."""
     tokens = Tokens(tokenizer, texts, max_length)
     found: dict[int, np.ndarray] = {}
-    for chosen in tokens.batches(BATCH_TOKENS, np.random.default_rng(0)):
+    for chosen in _batches(tokens):
         found |= zip(chosen.tolist(), model(**tokens.batch(chosen)).logits.numpy(), strict=True)
     return np.stack([found[i] for i in range(len(texts))])
 
@@ -113,7 +120,7 @@ def answers(student: Any, teacher: Any, tokens: Tokens, answer: Answer) -> dict[
     nats."""
     sums: dict[str, float] = {}
     weight = 0.0
-    for number, chosen in enumerate(tokens.batches(BATCH_TOKENS, np.random.default_rng(0))):
+    for number, chosen in enumerate(_batches(tokens)):
         batch = tokens.batch(chosen)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         if answer.kind == "tokens":
@@ -136,7 +143,7 @@ def answers(student: Any, teacher: Any, tokens: Tokens, answer: Answer) -> dict[
 def errors_by_layer(student: Any, teacher: Any, tokens: Tokens, states: Sequence[int] | None = None) -> list[float]:
     """Of each layer, the squared error of hidden states over their variance, the mean of batches."""
     found = []
-    for chosen in tokens.batches(BATCH_TOKENS, np.random.default_rng(0)):
+    for chosen in _batches(tokens):
         batch = tokens.batch(chosen)
         mask = batch["attention_mask"]
         s, t = (m(**batch, output_hidden_states=True).hidden_states for m in (student, teacher))

@@ -17,6 +17,7 @@ SHORTEST = 3  # words
 LEAST = 20  # texts
 MOST_CHARACTERS = 400_000_000  # of text that is read
 PASSAGE_SHARE = 0.2  # of the texts: several sentences in a row
+SPAN_SHARE, SPAN = 0.5, (4, 15)  # of the texts that are longer; words
 AT_ONCE = 1000  # texts that are tokenised
 Text = str | tuple[str, str]  # one, or two that a cross-encoder reads together
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n\s*\n|<br\s*/?>")
@@ -38,6 +39,27 @@ def passages(documents: Iterable[str], longest: int, seed: int = 0) -> Iterator[
             if text not in seen:
                 seen.add(text)
                 yield text
+
+
+def in_spans(texts: Sequence[str], seed: int = 0) -> list[str]:
+    """Texts in random order, half of those of more than 15 words cut into spans of 4 to 15 words.
+
+    A text's vector teaches as much whether its text is long or short: of as many tokens there are more of them.
+    """
+    generator, found = np.random.default_rng(seed), []
+    for text in texts:
+        words = text.split()
+        if len(words) <= SPAN[1] or generator.random() >= SPAN_SHARE:
+            found.append(text)
+            continue
+        while words:
+            count = int(generator.integers(SPAN[0], SPAN[1] + 1))
+            if len(words) - count < SHORTEST:
+                count = len(words)
+            found.append(" ".join(words[:count]))
+            words = words[count:]
+    generator.shuffle(found)  # type: ignore[arg-type]
+    return found
 
 
 def in_pairs(texts: Sequence[str], seed: int = 0) -> list[tuple[str, str]]:

@@ -56,7 +56,7 @@ from lookupffn.conversion.quality import (
     similarity,
 )
 from lookupffn.conversion.start import Shape, collect, converted, start
-from lookupffn.conversion.texts import Tokens, passages
+from lookupffn.conversion.texts import Tokens, in_spans, passages
 from lookupffn.hf.loading import is_cross_encoder, load_encoder
 from lookupffn.hf.packed import mark_converted
 from lookupffn.hf.slots import slots_of
@@ -134,6 +134,17 @@ def test_the_start_gives_0_looks_where_the_regression_of_its_rank_looks_and_fill
     assert best <= found * (1 + 1e-9) <= best * 1.01 * (1 + 1e-9)
     shares = (layer.lookup.project(x) > 0).double().mean(0)
     assert (shares - 0.5).abs().max() < 0.1
+
+
+def test_spans_hold_every_word_once_and_keep_half_of_the_long_texts():
+    texts = [" ".join(f"w{i}.{j}" for j in range(words)) for i in range(200) for words in (1, 15, 16, 90)]
+    spans = in_spans(texts, seed=0)
+    assert sorted(" ".join(spans).split()) == sorted(" ".join(texts).split())
+    whole = set(texts) & set(spans)
+    assert all(text in whole for text in texts if text.count(" ") < 15)
+    assert all(3 <= text.count(" ") + 1 <= 17 for text in spans if text not in whole)
+    assert 160 <= sum(text.count(" ") >= 15 for text in whole) <= 240  # of 400
+    assert spans == in_spans(texts, seed=0) != in_spans(texts, seed=1)
 
 
 def test_passages_are_sentences_each_once_and_some_of_several():
