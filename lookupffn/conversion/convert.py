@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -46,6 +47,7 @@ START_TOKENS = 40_000  # whose inputs and outputs the closed forms see
 TIMED_TOKENS = (2 * STEP_TOKENS, 14 * STEP_TOKENS)
 HELD_OUT_SHARE = 0.02  # of the tokens that are distilled on
 HELD_OUT = (300, 20_000)  # texts that are measured on, at least and at most
+LONGEST_WAIT = timedelta(days=1)  # of processes for the first, which measures alone
 
 
 @dataclass
@@ -134,7 +136,7 @@ class _Run:
     ):
         self.model, self.folder, self.shape, self.tables = model, folder, shape, tables
         self.seed, self.keep = seed, keep
-        self.state = PartialState(cpu=not torch.cuda.is_available())
+        self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
         self.tokenizer, self.pooling, self.max_length = parts.tokenizer, parts.pooling, parts.max_length
         self.teacher = copy.deepcopy(parts.encoder).eval()
         self.answer: Answer = answer_of(self.teacher, self.pooling)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,25 +11,6 @@ from lookupffn.branches import BranchedLookupFFN
 from lookupffn.errors import InputError
 from lookupffn.hf.folders import check_folder, check_model
 from lookupffn.hf.loading import reason_of
-
-
-def transformer_folder(name: str) -> str:
-    """Where the Transformer of a SentenceTransformer's folder lies, in it or below; any other name as it is.
-
-    Raises:
-        InputError: ``modules.json`` is damaged, or names a folder outside.
-    """
-    path = Path(name) / "modules.json"
-    if not path.is_file():
-        return name
-    try:
-        inner = json.loads(path.read_text(encoding="utf-8"))[0]["path"]
-        folder = (Path(name) / inner).resolve()
-        if not folder.is_relative_to(Path(name).resolve()):
-            raise ValueError(f"{inner!r} is outside of it")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} does not say where the model is ({error})") from None
-    return str(Path(name) / inner) if inner else name
 
 
 def load_classifier(name: str, pooling: str | None = None, **fields: Any) -> PreTrainedModel:

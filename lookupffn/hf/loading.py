@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -34,6 +35,19 @@ def load_encoder(name: str, *, head: bool = False) -> tuple[Any, Any]:
         return _transformer(name, head), _tokenizer(name)
     except Exception as error:  # whatever a foreign folder or the network brings
         raise InputError(f"{name!r} cannot be loaded ({reason_of(error)})") from None
+
+
+def transformer_folder(name: str) -> str:
+    """Where the Transformer of a SentenceTransformer's folder lies, in it or below; any other name as it is.
+
+    Raises:
+        InputError: its modules are damaged, not known, or outside of the folder.
+    """
+    try:
+        modules = _modules(name)
+    except Exception as error:  # whatever a foreign folder brings
+        raise InputError(f"{name!r} cannot be loaded ({reason_of(error)})") from None
+    return str(Path(name) / modules[0]["path"]) if modules else name
 
 
 def reason_of(error: Exception) -> str:

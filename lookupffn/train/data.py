@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from lookupffn.errors import WriteError
 from lookupffn.files import cache_folder, fsync, make_folder, writing
+from lookupffn.hf.folders import check_folder
 from lookupffn.train import rows
 from lookupffn.train.rows import (
     BAD_SHARE,
@@ -430,6 +431,7 @@ def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        check_folder(str(name))
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # whatever a foreign folder or the network brings
         raise DataError(f"tokenizer {str(name)!r} cannot be loaded ({first_line(error)})") from None

@@ -25,7 +25,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from lookupffn import machine
 from lookupffn.errors import InputError
 from lookupffn.files import weight_fingerprints, writing
-from lookupffn.hf.classifier import ffn_of, load_classifier, longest_text, transformer_folder
+from lookupffn.hf.classifier import ffn_of, load_classifier, longest_text
+from lookupffn.hf.loading import transformer_folder
 from lookupffn.train import checkpoint
 from lookupffn.train.config import FinetuneConfig
 from lookupffn.train.data import in_words, load_tokenizer

@@ -29,7 +29,8 @@ from transformers import (
 import lookupffn  # noqa: F401 - which from_pretrained of a converted model needs
 from lookupffn import InputError, LookupConfig, LookupFFN
 from lookupffn.branches import BranchedLookupFFN, LowRank, TokenContext, TokenRows, parameters_by_kind
-from lookupffn.hf.classifier import load_classifier, longest_text, transformer_folder
+from lookupffn.hf.classifier import load_classifier, longest_text
+from lookupffn.hf.loading import transformer_folder
 from lookupffn.hf.packed import mark_converted
 from lookupffn.hf.slots import slots_of
 from lookupffn.train import checkpoint
@@ -214,13 +215,18 @@ def test_a_converted_models_parts_have_rates_as_in_distillation():
     assert rates[9e-4] == sum(p.numel() for p in tables)
 
 
+TRANSFORMER = "sentence_transformers.models.Transformer"
+
+
 def test_where_the_model_lies_in_a_sentence_transformers_folder(tmp_path):
     assert transformer_folder("org/name") == "org/name"
     for path, found in (("", tmp_path), ("0_Transformer", tmp_path / "0_Transformer")):
-        (tmp_path / "modules.json").write_text(json.dumps([{"path": path}]))
+        (tmp_path / "modules.json").write_text(json.dumps([{"path": path, "type": TRANSFORMER}]))
         assert transformer_folder(str(tmp_path)) == str(found)
-    (tmp_path / "modules.json").write_text(json.dumps([{"path": "../other"}]))
-    with pytest.raises(InputError, match=r"modules.json does not say where the model is \('../other' is outside"):
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": "../other", "type": TRANSFORMER}]))
+    with pytest.raises(
+        InputError, match=r"the path of its module Transformer must be a folder in it, not '\.\./other'"
+    ):
         transformer_folder(str(tmp_path))
 
 
