@@ -103,6 +103,25 @@ std::string open_buckets(Records* records, const EncoderConfig& c, std::vector<i
   return "";
 }
 
+// Of each id its row, in float32 or integers.
+std::string open_words(Records* records, const EncoderConfig& c, int width, Encoder* e) {
+  RecordKind kind;
+  e->integer_words.data = nullptr;
+  std::string wrong = records->kind_of_next(&kind);
+  if (!wrong.empty()) return wrong;
+  if (kind == RecordKind::kTokenRows) {
+    TokenRows& rows = e->integer_words;
+    wrong = records->next("words", open_token_rows, &rows);
+    if (wrong.empty() && (rows.rows != c.vocab_size || rows.width != width || rows.before || rows.after ||
+                          rows.type != TableType::kInt8))
+      wrong = "words do not fit";
+    e->words = {rows.rows, rows.width, rows.padded, nullptr};
+    return wrong;
+  }
+  wrong = records->next("words", open_embedding, &e->words);
+  return wrong.empty() && (e->words.rows != c.vocab_size || e->words.width != width) ? "words do not fit" : wrong;
+}
+
 std::string open_branches_of(Records* records, int width, EncoderLayer* l) {
   RecordKind kind;
   l->branches = {false, 0};
@@ -202,7 +221,7 @@ std::string open_encoder(Bytes model, Encoder* e) {
   };
   const int distances = 2 * c.max_positions + kLanes - 2;  // and what a vector reads behind the last
   const int embedded = c.embedding_width ? c.embedding_width : c.width;
-  if (!(wrong = embedding("words", c.vocab_size, embedded, &e->words)).empty()) return wrong;
+  if (!(wrong = open_words(&records, c, embedded, e)).empty()) return wrong;
   if (c.embeds_positions() && !(wrong = embedding("positions", c.max_positions, embedded, &e->positions)).empty())
     return wrong;
   for (int i = 0; i < (c.rotary ? c.window ? 2 : 1 : 0); i++)

@@ -55,8 +55,9 @@ struct EncoderLayer {
 struct Encoder {
   EncoderConfig config;
   Embedding words, positions, types;
-  Embedding rotations[2];  // [max_positions][head_dim], of global and of local layers
-  Embedding relative;      // [heads][2 max_positions + 14], from distance 1 - max_positions on
+  TokenRows integer_words;  // in the place of words, where they are integers; rows by the id alone
+  Embedding rotations[2];   // [max_positions][head_dim], of global and of local layers
+  Embedding relative;       // [heads][2 max_positions + 14], from distance 1 - max_positions on
   Norm embedding_norm, final_norm, head_norm;
   Linear embedding_projection;  // with an embedding_width
   std::vector<EncoderLayer> layers;
@@ -65,6 +66,7 @@ struct Encoder {
   std::vector<int32_t> buckets;    // of distances, from 1 - max_positions on, with distance_buckets
   int widest, head_widest;         // of rows between the layers' products, of the head's; padded
 
+  bool has_integer_words() const { return integer_words.data != nullptr; }
   int pooled_size() const { return head.empty() ? config.width : head.back().out_features; }
 };
 

@@ -165,15 +165,24 @@ struct Chunk {
     const EncoderConfig& c = config();
     const Batch& b = call.batch;
     const size_t padded = size_t(e().words.padded);
+    const bool integers = e().has_integer_words();
     tiles([&](const ThreadMemory& m, int64_t t, int count) {
       float* const sums = c.embedding_width ? m.rows[0] : x_of(t);
       in_texts(t, t + count, [&](int64_t token, int i, int) {
         const int64_t at = start + token;
-        AddRowsArgs args = {.rows = {}, .count = 1, .padded = int(padded), .y = sums + size_t(token - t) * padded};
-        args.rows[0] = e().words.values + size_t(b.ids[at]) * padded;
+        AddRowsArgs args = {.rows = {}, .count = 0, .padded = int(padded), .y = sums + size_t(token - t) * padded};
+        if (!integers) args.rows[args.count++] = e().words.values + size_t(b.ids[at]) * padded;
         if (c.embeds_positions()) args.rows[args.count++] = e().positions.values + size_t(position_of(at, i)) * padded;
         if (c.type_vocab_size) args.rows[args.count++] = e().types.values + size_t(b.types ? b.types[at] : 0) * padded;
-        call.k.encoder->add_rows(args);
+        if (args.count) call.k.encoder->add_rows(args);
+        if (!integers) return;
+        if (!args.count) std::memset(args.y, 0, 4 * padded);
+        const TokenRows& words = e().integer_words;
+        call.k.encoder->add_table_row({.type = words.type,
+                                       .row = words.data + size_t(b.ids[at]) * words.row_bytes(),
+                                       .scale = words.scales[b.ids[at]],
+                                       .padded = int(padded),
+                                       .y = args.y});
       });
       if (c.embedding_norm) norm(e().embedding_norm, sums, count, sums);
       if (c.embedding_width) linear(m, e().embedding_projection, sums, padded, count, x_of(t), size_t(c.padded));

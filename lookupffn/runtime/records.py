@@ -101,13 +101,16 @@ def embedding_record(values: Tensor) -> Tensor:
 
 
 def token_rows_record(rows: TokenRows, tables: str, vocab_size: int) -> Tensor:
-    """Rows by ids as integers with a scale a row (of int4 that of the least squared error), or in float32."""
     if rows.vocab_size != vocab_size:
         raise InputError(f"rows by ids were made for {rows.vocab_size} ids, the model has {vocab_size}")
-    count, width = rows.rows.shape
-    dtype = tables if tables in LEVELS else "float32"
+    return rows_record(rows.rows, tables if tables in LEVELS else "float32", rows.before, rows.after)
+
+
+def rows_record(rows: Tensor, dtype: str, before: int = 0, after: int = 0) -> Tensor:
+    """Rows by ids as integers with a scale a row (of int4 that of the least squared error), or in float32."""
+    count, width = rows.shape
     padded = round_up(width, 2 * PADDING if dtype == "int4" else PADDING)
-    values, sections = _padded(flush(rows.rows), padded), []
+    values, sections = _padded(flush(rows), padded), []
     if most := LEVELS.get(dtype):
         scales = values.abs().amax(1) / most
         if dtype == "int4":
@@ -119,7 +122,7 @@ def token_rows_record(rows: TokenRows, tables: str, vocab_size: int) -> Tensor:
             low, high = lines.unflatten(1, (-1, 2, 64)).unbind(2)
             lines = (low & 15) | (high << 4)
         values, sections = lines, [scales]
-    sizes = [count, width, padded, TABLE_TYPES[dtype], rows.before, rows.after]
+    sizes = [count, width, padded, TABLE_TYPES[dtype], before, after]
     return _record("token_rows", sizes, [values, *sections])
 
 
@@ -128,7 +131,7 @@ def records_of(graph: Graph, linears: str, tables: str) -> Iterator[tuple[str, T
 
     Those of a layer that is shared come again wherever it stands, under the names of its first place.
     """
-    yield "words", embedding_record(graph.words)
+    yield "words", rows_record(graph.words, "int8") if linears == "int8" else embedding_record(graph.words)
     if graph.positions is not None:
         yield "positions", embedding_record(graph.positions)
     for i, angles in enumerate(graph.rotations):

@@ -101,6 +101,15 @@ inline Vector lookup_record(int width, Random& random) {
   return Vector(packed.bytes->data(), packed.bytes->data() + packed.bytes->size());
 }
 
+inline Vector token_rows_record(int rows, int width, TableType type, int before, int after, Random& random) {
+  const int padded = int(round_up(width, type == TableType::kInt4 ? 128 : 64));
+  Vector data(size_t(rows) * padded * bits_of(type) / 8, 0);
+  for (size_t at = 0; at < data.size() && is_integer(type); at++) data[at] = uint8_t(random.below(256));
+  std::vector<Vector> sections = {data};
+  if (is_integer(type)) sections.push_back(random_floats(1, size_t(rows), size_t(rows), 0.01f, 0, random));
+  return record_of(RecordKind::kTokenRows, {rows, width, padded, int32_t(type), before, after}, sections);
+}
+
 // What may stand behind a lookup: a low rank, rows by ids.
 inline std::vector<Vector> branch_records(int width, int vocab_size, WeightType type, Random& random) {
   const int rank = random.below(2), tables = random.between(1 - rank, 2);
@@ -112,14 +121,8 @@ inline std::vector<Vector> branch_records(int width, int vocab_size, WeightType 
   }
   for (int i = 0; i < tables; i++) {
     const TableType of_rows = random.pick({TableType::kFloat32, TableType::kInt8, TableType::kInt4});
-    const int padded = int(round_up(width, of_rows == TableType::kInt4 ? 128 : 64));
-    const int rows = random.pick({1, 7, vocab_size});
-    Vector data(size_t(rows) * padded * bits_of(of_rows) / 8, 0);
-    for (size_t at = 0; at < data.size() && is_integer(of_rows); at++) data[at] = uint8_t(random.below(256));
-    std::vector<Vector> sections = {data};
-    if (is_integer(of_rows)) sections.push_back(random_floats(1, size_t(rows), size_t(rows), 0.01f, 0, random));
-    records.push_back(record_of(RecordKind::kTokenRows,
-                                {rows, width, padded, int32_t(of_rows), random.below(3), random.below(3)}, sections));
+    records.push_back(
+        token_rows_record(random.pick({1, 7, vocab_size}), width, of_rows, random.below(3), random.below(3), random));
   }
   return records;
 }
@@ -201,7 +204,9 @@ inline Model random_model(Random& random, bool alike = false) {
   const WeightType type = alike || random.one_in(3) ? floats : WeightType::kInt8;
   const bool rms = random.one_in(3);
   const int embedded = c.embedding_width ? c.embedding_width : c.width;
-  std::vector<Vector> records = {embedding_record(c.vocab_size, embedded, random)};
+  std::vector<Vector> records = {type == WeightType::kInt8 && random.one_in(2)
+                                     ? token_rows_record(c.vocab_size, embedded, TableType::kInt8, 0, 0, random)
+                                     : embedding_record(c.vocab_size, embedded, random)};
   if (c.embeds_positions()) records.push_back(embedding_record(c.max_positions, embedded, random));
   for (int i = 0; i < (c.rotary ? c.window ? 2 : 1 : 0); i++)
     records.push_back(embedding_record(c.max_positions, c.head_dim, random));
