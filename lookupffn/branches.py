@@ -28,20 +28,23 @@ def token_rows_of(ids: Tensor, mask: Tensor | None, before: int, after: int, row
 
     Without neighbours, and with at least as many rows as ids, the id itself. Else ``h = 0``; for each of ``before``
     tokens before to ``after`` behind, ``h = (h + u) * 2654435769 mod 2**32``, ``h = h ^ (h >> 15)``, where ``u`` is the
-    id + 1, or 0 outside of the text (where ``mask`` is 0, or there is no token); the row is ``h rows / 2**32``.
+    id + 1, or 0 outside of the text; the row is ``h rows / 2**32``. Where ``mask`` is 0 there is no token, and those on
+    both sides are neighbours.
     """
     if before + after == 0 and rows >= vocab_size:
         return ids.long()
-    numbers = ids.long() + 1
+    numbers, length, places = ids.long() + 1, ids.shape[-1], None
     if mask is not None:
-        numbers = numbers * mask.bool()
-    length = ids.shape[-1]
+        places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        last = numbers.new_zeros(*ids.shape[:-1], length + 1)  # the last one takes what is no token
+        numbers = last.scatter(-1, torch.where(mask.bool(), places, length), numbers)[..., :length]
     padded = nn.functional.pad(numbers, (before, after))
     h = torch.zeros_like(numbers)
     for offset in range(before + after + 1):
         h = ((h + padded[..., offset : offset + length]) * MULTIPLIER) & 0xFFFFFFFF
         h = h ^ (h >> 15)
-    return (h * rows) >> 32
+    found = (h * rows) >> 32
+    return found if places is None else found.gather(-1, places)
 
 
 @dataclass
@@ -92,6 +95,23 @@ class TokenRows(nn.Module):
         self.before, self.after, self.vocab_size, self.context = before, after, vocab_size, context
         self.rows = nn.Parameter(torch.zeros(rows, out_features))
 
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], out_features: int, vocab_size: int, context: TokenContext
+    ) -> TokenRows:
+        """Rows of a config as :meth:`config` gives it. Raises ValueError for a field that is missing or unknown."""
+        _check_fields("token_rows", config, "rows", "before", "after")
+        own = {"before": config["before"], "after": config["after"]}
+        return cls(config["rows"], out_features, vocab_size, context, **own)
+
+    def config(self) -> dict[str, int]:
+        return {"rows": len(self.rows), "before": self.before, "after": self.after}
+
+    @torch.no_grad()
+    def init_parameters(self, std: float) -> None:
+        """Rows start at 0, whatever the rest of the model starts at."""
+        nn.init.zeros_(self.rows)
+
     def forward(self, x: Tensor) -> Tensor:
         ids, mask = self.context.ids, self.context.mask
         if ids is None or ids.shape != x.shape[:-1]:
@@ -109,6 +129,10 @@ class NoFFN(nn.Module):
 
     def flops(self, tokens: int) -> int:
         """Floating-point operations of a forward pass: none."""
+        return 0
+
+    def bytes_read(self, tokens: int) -> int:
+        """Bytes of parameters that a forward pass reads: none."""
         return 0
 
 
@@ -130,7 +154,7 @@ class BranchedLookupFFN(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What :meth:`from_config` makes such a layer of, as JSON has it."""
-        rows = [{"rows": len(r.rows), "before": r.before, "after": r.after} for r in self.token_rows]
+        rows = [rows.config() for rows in self.token_rows]
         rank = 0 if self.low_rank is None else self.low_rank.reduce.out_features
         return {"lookup": self.lookup.config.to_dict(), "rank": rank, "token_rows": rows}
 
@@ -147,12 +171,9 @@ class BranchedLookupFFN(nn.Module):
         check(type(rank) is int and rank >= 0, "rank", rank, "an int, at least 0")
         fits = isinstance(token_rows, list) and len(token_rows) <= MOST_TOKEN_ROWS
         check(fits, "token_rows", token_rows, f"a list of at most {MOST_TOKEN_ROWS}")
-        for row in token_rows:
-            _check_fields("token_rows", row, "rows", "before", "after")
         lookup = LookupFFN(LookupConfig(**fields))
         width, out = lookup.config.in_features, lookup.config.out_features
-        rows = [TokenRows(r["rows"], out, vocab_size, context, before=r["before"], after=r["after"])
-                for r in token_rows]  # fmt: skip
+        rows = [TokenRows.from_config(row, out, vocab_size, context) for row in token_rows]
         return cls(lookup, LowRank(width, out, rank) if rank else None, rows)
 
     def flops(self, tokens: int) -> int:

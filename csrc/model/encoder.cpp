@@ -129,7 +129,8 @@ std::string open_branches_of(Records* records, int width, EncoderLayer* l) {
   std::string wrong = records->kind_of_next(&kind);
   if (!wrong.empty() || kind != RecordKind::kBranches) return wrong;
   if (!(wrong = records->next("branches", open_branches, &l->branches)).empty()) return wrong;
-  if (!l->branches.low_rank && !l->branches.token_rows) return "a lookup has a record of no branches";
+  if (l->has_ffn && !l->branches.low_rank && !l->branches.token_rows) return "a layer has a record of no branches";
+  if (!l->has_lookup && l->branches.low_rank) return "a low rank stands without a lookup";
   if (l->branches.low_rank) {
     wrong = records->next("reduce", open_linear, &l->reduce);
     if (wrong.empty()) wrong = records->next("expand", open_linear, &l->expand);
@@ -151,11 +152,7 @@ std::string open_ffn(Records* records, int width, bool gated, EncoderLayer* l) {
   l->has_lookup = kind == RecordKind::kLookup;
   l->has_ffn = kind != RecordKind::kBranches;
   l->branches = {false, 0};
-  if (!l->has_ffn) {
-    wrong = records->next("branches", open_branches, &l->branches);
-    return wrong.empty() && (l->branches.low_rank || l->branches.token_rows) ? "branches stand without a lookup"
-                                                                             : wrong;
-  }
+  if (!l->has_ffn) return open_branches_of(records, width, l);
   if (l->has_lookup) {
     wrong = records->next("lookup", open_lookup, &l->lookup);
     if (wrong.empty() && (l->lookup.h.in_features != width || l->lookup.h.out_features != width))
@@ -168,7 +165,7 @@ std::string open_ffn(Records* records, int width, bool gated, EncoderLayer* l) {
   if (wrong.empty()) wrong = records->next("down", open_linear, &l->down);
   if (wrong.empty()) wrong = fits("up", l->up, width, l->down.in_features);
   if (wrong.empty()) wrong = fits("down", l->down, l->up.out_features, width);
-  return wrong;
+  return wrong.empty() ? open_branches_of(records, width, l) : wrong;
 }
 
 }  // namespace

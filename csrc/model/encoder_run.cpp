@@ -317,14 +317,15 @@ struct Chunk {
     });
   }
 
-  // To the lookup's output for tokens from t on: a linear of low rank, rows by the tokens' ids.
-  void add_branches(const ThreadMemory& m, const EncoderLayer& l, float* x, int64_t t, int count) const {
+  // To y of the tokens from t on, the output of a lookup: a linear of low rank.
+  void add_low_rank(const ThreadMemory& m, const EncoderLayer& l, float* x, int count, float* y) const {
     const size_t padded = size_t(config().padded);
-    float* const y = memory.lookup + t * config().padded;
-    if (l.branches.low_rank) {
-      linear(m, l.reduce, x + t * config().padded, padded, count, m.rows[1], size_t(l.reduce.block_out));
-      linear(m, l.expand, m.rows[1], size_t(l.reduce.block_out), count, y, padded, y, padded);
-    }
+    linear(m, l.reduce, x, padded, count, m.rows[1], size_t(l.reduce.block_out));
+    linear(m, l.expand, m.rows[1], size_t(l.reduce.block_out), count, y, padded, y, padded);
+  }
+
+  // To y of the tokens from t on: rows by their ids.
+  void add_token_rows(const EncoderLayer& l, int64_t t, int count, float* y) const {
     if (l.token_rows.empty()) return;
     in_texts(t, t + count, [&](int64_t token, int i, int length) {
       for (const TokenRows& rows : l.token_rows) {
@@ -374,13 +375,17 @@ struct Chunk {
         float* x = x_of(t);
         if (!c.pre_norm) norm(l.attention_norm, x, count, x_of(t));
         if (c.pre_norm) {
-          if (!l.has_ffn) continue;
+          if (!l.has_ffn) {
+            add_token_rows(l, t, count, x);
+            continue;
+          }
           float* const normed = l.has_lookup ? memory.branch + t * c.padded : m.rows[0];
           norm(l.ffn_norm, x, count, normed);
           x = normed;
         }
         if (l.has_lookup) continue;
         if (!l.has_ffn) {
+          add_token_rows(l, t, count, x);
           norm(l.ffn_norm, x, count, x_of(t));
           continue;
         }
@@ -388,6 +393,7 @@ struct Chunk {
         if (c.gated) linear(m, l.gate, x, padded, count, m.rows[1], inner);
         linear(m, l.up, x, padded, count, m.rows[1], inner, nullptr, 0, c.gated ? m.rows[1] : nullptr);
         linear(m, l.down, m.rows[1], inner, count, x_of(t), padded, x_of(t), padded);
+        add_token_rows(l, t, count, x_of(t));
         if (!c.pre_norm) norm(l.ffn_norm, x_of(t), count, x_of(t));
       }
       if (!l.has_lookup) return;
@@ -397,7 +403,9 @@ struct Chunk {
           {memory.lookup + begin * c.padded, c.padded, false}, m.lookup, {1, nullptr, nullptr});
       for (int64_t t = begin; t < end; t += kTile) {
         const int count = int(std::min<int64_t>(kTile, end - t));
-        add_branches(m, l, const_cast<float*>(x), t, count);
+        float* const y = memory.lookup + t * c.padded;
+        if (l.branches.low_rank) add_low_rank(m, l, const_cast<float*>(x) + t * c.padded, count, y);
+        add_token_rows(l, t, count, y);
         for (int i = 0; i < count; i++)
           call.k.encoder->add_rows({.rows = {x_of(t + i), memory.lookup + (t + i) * c.padded},
                                     .count = 2,

@@ -32,6 +32,7 @@ _FILES = {
     "dense": "dense.DenseFFN",
     "lookup": "lookup.lookup_ffn",
     "lookup-variant": "variants.LookupVariantFFN",
+    "none": "none.no_ffn",
     "slide": "slide.SlideFFN",
     "mongoose": "mongoose.MongooseFFN",
     "yoso": "yoso.YosoFFN",

@@ -16,6 +16,8 @@ class LookupRobertaConfig(PreTrainedConfig):
         ffn: a name in `lookupffn.ffns.names()`.
         ffn_options: numbers and words for that layer, by the names of its constructor; for `"lookup"` the fields of
             [`lookupffn.LookupConfig`]. What is not given has the layer's own default.
+        token_rows: tables of rows by ids beside each feed-forward layer, each with its `rows` and how many neighbours
+            `before` and `after` a token choose one of them with it ([`lookupffn.branches.TokenRows`]); by default none.
         is_decoder: a token attends to itself and to those before it, not to those after.
         classifier_pooling: what a classifier looks at, `"cls"`, the first token, or `"mean"`, that of all of the text.
         sparse_prediction: with labels, compute logits of labelled positions only; `logits` is then
@@ -31,6 +33,7 @@ class LookupRobertaConfig(PreTrainedConfig):
     intermediate_size: int = 2048
     ffn: str = "lookup"
     ffn_options: dict[str, int | float | bool | str] = dataclasses.field(default_factory=dict)
+    token_rows: list[dict[str, int]] = dataclasses.field(default_factory=list)
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     classifier_dropout: float | int | None = None

@@ -20,6 +20,7 @@ from transformers.models.roberta.modeling_roberta import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from lookupffn.branches import NoFFN, TokenContext, TokenRows
 from lookupffn.ffns import build_ffn
 from lookupffn.hf.configuration import LookupRobertaConfig
 from lookupffn.hf.packed import mark_packed
@@ -89,20 +90,32 @@ class SelfAttention(nn.Module):
 
 
 class Layer(GradientCheckpointingLayer):
-    """One pre-norm block: ``x + attention(norm(x))``, then ``x + ffn(norm(x))``."""
+    """One pre-norm block: ``x + attention(norm(x))``, then ``x + ffn(norm(x)) + rows by ids``."""
 
-    def __init__(self, config: LookupRobertaConfig):
+    def __init__(self, config: LookupRobertaConfig, context: TokenContext):
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = SelfAttention(config)
         self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.ffn = build_ffn(config)
+        self.ffn_norm.requires_grad_(not isinstance(self.ffn, NoFFN))  # else nothing depends on it
+        self.token_rows = nn.ModuleList(
+            TokenRows.from_config(rows, config.hidden_size, config.vocab_size, context) for rows in config.token_rows
+        )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
         attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.ffn(self.ffn_norm(hidden_states)))
+        found = self.ffn(self.ffn_norm(hidden_states))
+        for rows in self.token_rows:
+            found = found + rows(hidden_states)
+        return hidden_states + self.dropout(found)
+
+    def ffn_bytes_read(self, tokens: int) -> int:
+        """Bytes of parameters that the feed-forward layer and the rows by ids beside it read for so many tokens."""
+        rows = sum(r.rows.shape[1] * r.rows.element_size() for r in self.token_rows)
+        return self.ffn.bytes_read(tokens) + tokens * rows
 
 
 class LookupRobertaPreTrainedModel(PreTrainedModel):
@@ -120,6 +133,12 @@ class LookupRobertaPreTrainedModel(PreTrainedModel):
         """As every model's; one that holds packed layers comes back packed, the same bits, by ``from_pretrained``."""
         mark_packed(self)
         super().save_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As every model's. Raises ValueError with rows by ids, whose hash is of the vocabulary's size."""
+        if self.config.token_rows:
+            raise ValueError(f"a model with rows by ids (token_rows) keeps its vocabulary of {self.config.vocab_size}")
+        return super().resize_token_embeddings(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -139,7 +158,11 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
     def __init__(self, config: LookupRobertaConfig):
         super().__init__(config)
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        if config.is_decoder and any(rows.get("after") for rows in config.token_rows):
+            rows = config.token_rows
+            raise ValueError(f"token_rows {rows} of a decoder see tokens that it is to predict: after must be 0")
+        self.token_context = TokenContext()
+        self.layers = nn.ModuleList(Layer(config, self.token_context) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -168,6 +191,10 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        if self.config.token_rows:
+            if input_ids is None:
+                raise ValueError("rows by ids (token_rows) need input_ids, not inputs_embeds")
+            self.token_context.ids, self.token_context.mask = input_ids, attention_mask
         hidden_states = self.embeddings(input_ids, inputs_embeds, position_ids)
         masks = {"config": self.config, "inputs_embeds": hidden_states, "attention_mask": attention_mask}
         mask = (
@@ -202,11 +229,11 @@ class LookupRobertaModel(LookupRobertaPreTrainedModel):
         """Bytes of parameters that the encoder reads for ``tokens`` tokens: rows of embeddings and tables per token,
         everything else once."""
         embeddings = {id(e.weight) for e in self.embeddings.modules() if isinstance(e, nn.Embedding)}
-        ffns = {id(p) for layer in self.layers for p in layer.ffn.parameters()}
+        ffns = {id(p) for layer in self.layers for m in (layer.ffn, layer.token_rows) for p in m.parameters()}
         once = [p for p in self.parameters() if id(p) not in embeddings | ffns]
         rows = 2 * tokens * self.config.hidden_size * self.embeddings.word_embeddings.weight.element_size()
         return (
-            rows + sum(p.numel() * p.element_size() for p in once) + sum(x.ffn.bytes_read(tokens) for x in self.layers)
+            rows + sum(p.numel() * p.element_size() for p in once) + sum(x.ffn_bytes_read(tokens) for x in self.layers)
         )
 
 

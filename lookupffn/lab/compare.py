@@ -29,7 +29,7 @@ from lookupffn.bench.timing import time_interleaved
 from lookupffn.errors import InputError
 from lookupffn.ffns.dense import DenseFFN
 from lookupffn.files import atomic_write, check_writable, make_folder, write_json_lines
-from lookupffn.hf import LookupRobertaForCausalLM, LookupRobertaForMaskedLM
+from lookupffn.hf import LookupRobertaForCausalLM, LookupRobertaForMaskedLM, LookupRobertaModel
 from lookupffn.lab.report.comparison import markdown, plot, show
 from lookupffn.layer import LookupFFN
 from lookupffn.runtime.packed import pack
@@ -230,7 +230,7 @@ def _records(runs: Sequence[Run], seconds: float) -> list[dict]:
 
 def _ffn_bytes(run: Run) -> int:
     with torch.device("meta"):
-        return ffns.build_ffn(run.config.model_config()).bytes_read(1)
+        return LookupRobertaModel(run.config.model_config()).layers[0].ffn_bytes_read(1)
 
 
 def _end_of_training(run: Run) -> dict:

@@ -5,12 +5,13 @@ A family (``families/``) finds these in a model; ``records.py`` writes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lookupffn.branches import BranchedLookupFFN, NoFFN
+from lookupffn.branches import BranchedLookupFFN, NoFFN, TokenRows
 from lookupffn.errors import InputError
 from lookupffn.layer import LookupFFN
 
@@ -64,6 +65,7 @@ class Layer:
     output: Product
     ffn_norm: Norm
     ffn: Dense | LookupFFN | BranchedLookupFFN | NoFFN
+    token_rows: Sequence[TokenRows] = ()  # beside the feed-forward layer, whatever it is
     position_keys: Tensor | None = None  # (buckets, attention width), with `distance_buckets`
     position_queries: Tensor | None = None
 

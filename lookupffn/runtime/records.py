@@ -213,19 +213,17 @@ def _layer_records(graph: Graph, layer: Layer, linears: str, tables: str) -> Ite
     yield "output", linear_record(Linear(output, layer.output.bias), linears)
     yield "ffn_norm", norm_record(layer.ffn_norm)
     ffn = layer.ffn
+    low_rank, token_rows = None, list(layer.token_rows)
     if isinstance(ffn, Dense):
         yield "up", linear_record(ffn.up, linears, ffn.activation)
         if ffn.gate:
             yield "gate", linear_record(ffn.gate, linears)
         yield "down", linear_record(ffn.down, linears)
-        return
-    if isinstance(ffn, NoFFN):
-        yield "branches", _record("branches", [0, 0], [])
-        return
-    branched = ffn if isinstance(ffn, BranchedLookupFFN) else BranchedLookupFFN(ffn)
-    yield "lookup", encode(branched.lookup, tables, PROJECTION_DTYPES.get(tables, "int8"))
-    low_rank, token_rows = branched.low_rank, list(branched.token_rows)
-    if low_rank is None and not token_rows:
+    elif not isinstance(ffn, NoFFN):
+        branched = ffn if isinstance(ffn, BranchedLookupFFN) else BranchedLookupFFN(ffn)
+        yield "lookup", encode(branched.lookup, tables, PROJECTION_DTYPES.get(tables, "int8"))
+        low_rank, token_rows = branched.low_rank, [*branched.token_rows, *token_rows]
+    if low_rank is None and not token_rows and not isinstance(ffn, NoFFN):
         return
     yield "branches", _record("branches", [int(low_rank is not None), len(token_rows)], [])
     if low_rank is not None:
@@ -294,6 +292,7 @@ def _weights(graph: Graph) -> dict[str, Tensor | None]:
             name: getattr(layer, name) for name in ("attention_norm", "query", "key", "value", "output", "ffn_norm")
         }
         found |= {f"layers.{i}.{name}": getattr(layer, name) for name in ("position_keys", "position_queries")}
+        found |= {f"layers.{i}.token_rows.{j}": rows.rows for j, rows in enumerate(layer.token_rows)}
         if isinstance(layer.ffn, Dense):
             named |= {"up": layer.ffn.up, "gate": layer.ffn.gate, "down": layer.ffn.down}
         elif isinstance(layer.ffn, BranchedLookupFFN):

@@ -47,6 +47,9 @@ def bert(width=48, heads=3, inner=100, layers=2, act="gelu"):
     return randomised(BertModel(config))
 
 
+TOKEN_ROWS = [{"rows": VOCAB, "before": 0, "after": 0}, {"rows": 500, "before": 1, "after": 1}]
+
+
 def own(ffn="lookup", causal=False, **changes):
     sizes = {"vocab_size": VOCAB, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 100, "ffn": ffn}
     if ffn == "lookup":
@@ -61,7 +64,7 @@ def randomised(model):
             torch.nn.init.normal_(parameter, std=0.1)
         if "LayerNorm.weight" in name or "norm.weight" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
-        if name.endswith("tables"):
+        if name.endswith(("tables", ".rows")):
             torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
@@ -145,6 +148,10 @@ MODELS = {
     "bert, relu": lambda: bert(act="relu"),
     "bert, silu": lambda: bert(act="silu"),
     "own, dense": lambda: own("dense"),
+    "own, dense, rows by ids": lambda: own("dense", token_rows=TOKEN_ROWS),
+    "own, none, rows by ids": lambda: own("none", token_rows=TOKEN_ROWS),
+    "own, lookup, rows by ids": lambda: own(token_rows=TOKEN_ROWS),
+    "own, none": lambda: own("none"),
     "own, lookup": own,
     "own, causal": lambda: own("dense", causal=True),
 }

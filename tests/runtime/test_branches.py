@@ -43,6 +43,14 @@ def test_rows_of_tokens_are_those_of_the_equation_whatever_the_padding(window):
     assert found.max() < max(rows, VOCAB)
 
 
+def test_a_hole_in_a_mask_is_no_token():
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(0, VOCAB, (7, 23), generator=generator), torch.rand(7, 23, generator=generator) < 0.6
+    found = token_rows_of(ids, mask, 2, 1, 1000, VOCAB)
+    for text in range(7):
+        assert found[text][mask[text]].tolist() == rows_by_hand(ids[text][mask[text]].tolist(), 2, 1, 1000)
+
+
 def test_pairs_meet_rarely():
     """Of 30,000 pairs in 65,536 rows, as many collide as a random function has."""
     ids = torch.stack([torch.arange(30000) % 300, torch.arange(30000) // 300], 1)

@@ -23,6 +23,8 @@ CASES = [
     ),
     *(("own, lookup", linears, tables) for linears in ("float32", "int8") for tables in ("int8", "int4")),
     ("own, causal", "int8", "int8"),
+    ("own, dense, rows by ids", "int8", "int4"),
+    ("own, none, rows by ids", "float32", "int8"),
     ("bert", "bfloat16", "int8"),
     ("branches", "float32", "int4"),
     ("branches", "int8", "int8"),

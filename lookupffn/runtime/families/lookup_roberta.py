@@ -39,6 +39,7 @@ def graph(model: Any) -> Graph:
                 output=layer.attention.output,
                 ffn_norm=Norm.of(layer.ffn_norm),
                 ffn=ffn,
+                token_rows=list(layer.token_rows),
             )
         )
     head = {}
