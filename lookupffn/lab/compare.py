@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +33,12 @@ from lookupffn.files import atomic_write, check_writable, make_folder, write_jso
 from lookupffn.hf import LookupRobertaForCausalLM, LookupRobertaForMaskedLM, LookupRobertaModel
 from lookupffn.lab.report.comparison import markdown, plot, show
 from lookupffn.layer import LookupFFN
+from lookupffn.runtime.export import export
 from lookupffn.runtime.packed import pack
+from lookupffn.runtime.session import Session
 from lookupffn.train.config import PretrainConfig
 from lookupffn.train.data import PretrainingData
-from lookupffn.train.pretrain import curve, datasets, evaluate, log_perplexity, read_metrics
+from lookupffn.train.pretrain import curve, datasets, evaluate, log_perplexity, loss_sums, read_metrics
 
 TIMED_TOKENS = 512
 
@@ -211,6 +214,7 @@ def _records(runs: Sequence[Run], seconds: float) -> list[dict]:
                 "tokens": results["tokens_trained"],
                 **{k: results[k] for k in ("log_perplexity", "log_perplexity_standard_error", "tokens_evaluated")},
                 "log_perplexity_int8": _packed_quality(run),
+                **_deployed(run),
                 **{k: results[k] for k in ("unigram_entropy", "ffn_macs_per_token", "model_macs_per_token")},
                 "ffn_bytes_per_token": _ffn_bytes(run),
                 "parameters": results["parameters"],
@@ -265,6 +269,35 @@ def _packed_quality(run: Run) -> float | None:
     result = log_perplexity(evaluate(packed, validation, run.config.batch_size))
     atomic_write(kept, json.dumps(result) + "\n")
     return result["log_perplexity"]
+
+
+@torch.no_grad()
+def _deployed(run: Run) -> dict:
+    """The whole model in the runtime, linears in int8 and rows in int4: its log perplexity on the run's own evaluation,
+    and its file's bytes; None where the runtime does not have its layers. Kept in the run's folder."""
+    kept = run.folder / "deployed.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    found = {"log_perplexity_deployed": None, "deployed_bytes": None}
+    if not native.available():
+        return found
+    model, dataset = _load(run), datasets(run.config, _data(run.config))[1]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            session = Session(export(model, folder, tables="int4"), torch.get_num_threads())
+        except InputError:  # a layer of the literature
+            return found
+        sums = torch.zeros(3, dtype=torch.float64)
+        for start in range(0, len(dataset), run.config.batch_size):
+            items = [dataset[i] for i in range(start, min(start + run.config.batch_size, len(dataset)))]
+            labels = model.targets(torch.stack([item["labels"] for item in items]))
+            ids = torch.stack([item["input_ids"] for item in items])
+            logits = torch.from_numpy(session.logits(ids, places=labels != -100))
+            sums += loss_sums(logits, labels[labels != -100])
+        bytes_of_file = (Path(folder) / "model.safetensors").stat().st_size
+    found = {"log_perplexity_deployed": log_perplexity(sums)["log_perplexity"], "deployed_bytes": bytes_of_file}
+    atomic_write(kept, json.dumps(found) + "\n")
+    return found
 
 
 @torch.no_grad()

@@ -60,10 +60,15 @@ def evaluate(model: nn.Module, dataset: MaskedBlocks, batch_size: int = 32, rank
         labels = model.targets(batch["labels"])
         if logits.dim() == 3:
             logits = logits[labels != -100]
-        losses = F.cross_entropy(logits, labels[labels != -100], reduction="none").double()
-        sums += torch.stack([torch.tensor(len(losses), device=device), losses.sum(), losses.square().sum()])
+        sums += loss_sums(logits, labels[labels != -100])
     model.train(was_training)
     return sums
+
+
+def loss_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits ``(tokens, vocab_size)``: the number of tokens, the sum of their losses in nats, and of its squares."""
+    losses = F.cross_entropy(logits, labels, reduction="none").double()
+    return torch.stack([torch.tensor(len(losses), device=losses.device), losses.sum(), losses.square().sum()])
 
 
 def log_perplexity(sums: Tensor) -> dict[str, float | int]:

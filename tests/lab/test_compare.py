@@ -17,7 +17,7 @@ from lookupffn.__main__ import main
 from lookupffn.bench.timing import Timing
 from lookupffn.errors import InputError
 from lookupffn.lab import compare as lab
-from lookupffn.lab.report.comparison import _name, _tick, markdown, show, summarise
+from lookupffn.lab.report.comparison import _name, _tick, markdown, plot, show, summarise
 from lookupffn.train import commands
 from lookupffn.train.pretrain import evaluate, log_perplexity
 
@@ -147,6 +147,10 @@ def test_runs_are_trained_measured_and_not_trained_again(corpus, tmp_path, capsy
         assert (set(kinds), blocks) == ({"PackedLookupFFN"}, 8)
         assert six["log_perplexity_int8"] == log_perplexity(sums)["log_perplexity"] != six["log_perplexity"]
         assert (six["ffn_dtype"], six["ffn_us_per_token"]) == ("int8", pytest.approx(2))
+        for found in (dense, six):
+            assert abs(found["log_perplexity_deployed"] - found["log_perplexity"]) < 0.02
+            assert 100_000 < found["deployed_bytes"] < 1_000_000
+        assert odd["log_perplexity_deployed"] is odd["deployed_bytes"] is None  # a variant of the layer
     assert 0 < dense["train_loss"] < 7
     assert dense["buckets"] == []
     assert six["buckets"][0]["bits"] == 24
@@ -205,7 +209,7 @@ def record(recipe, seed, log_perplexity, tokens=100, **changes):
     return fields | changes
 
 
-def test_the_summary_pairs_seeds_and_keeps_horizons_apart():
+def test_the_summary_pairs_seeds_and_keeps_horizons_apart(tmp_path):
     records = [
         record("dense", 0, 3.0),
         record("dense", 1, 3.4),
@@ -221,7 +225,13 @@ def test_the_summary_pairs_seeds_and_keeps_horizons_apart():
     assert six["int8_difference"] == pytest.approx(0.01)
     assert six["macs_ratio"] == 6
     assert longer["spread"] is longer["difference"] is longer["macs_ratio"] is None
-    assert "| six | 0.0003 | 1 | 9.0000 | - | - | - | 100 | - |" in markdown(records)
+    assert "| six | 0.0003 | 1 | 9.0000 | - | - | - | - | - | 100 | - |" in markdown(records)
+    nothing = [*records, record("none", 0, 3.5, ffn_macs_per_token=0, log_perplexity_deployed=3.51, deployed_bytes=2e6)]
+    (none,) = (row for row in summarise(nothing) if row["recipe"] == "none")
+    assert none["macs_ratio"] is None
+    assert none["deployed_difference"] == pytest.approx(0.01)
+    assert "| none | 0.0001 | 1 | 3.5000 | - | +0.5000 | - | +0.0100 | 2.00 | 0 | - |" in markdown(nothing)
+    plot(nothing, tmp_path / "plot.png")  # a recipe without multiply-adds, on an axis that has room for 0
     console = Console(width=80, record=True, file=io.StringIO())
     show(records, console)
     shown = console.export_text()

@@ -28,7 +28,9 @@ def summarise(records: Sequence[dict]) -> list[dict]:
         dense = {record["seed"]: record["log_perplexity"] for record in groups.get((tokens, "dense"), [])}
         paired = [r["log_perplexity"] - dense[r["seed"]] for r in group if r["seed"] in dense]
         int8 = [r["log_perplexity_int8"] - r["log_perplexity"] for r in group if r["log_perplexity_int8"] is not None]
+        deployed = [r["log_perplexity_deployed"] for r in group if r.get("log_perplexity_deployed") is not None]
         macs = [r["ffn_macs_per_token"] for r in groups.get((tokens, "dense"), [])]
+        own = group[0]["ffn_macs_per_token"]  # 0 without a feed-forward layer
         same = (
             "parameters",
             "ffn_macs_per_token",
@@ -47,7 +49,10 @@ def summarise(records: Sequence[dict]) -> list[dict]:
                 "spread": statistics.stdev(values) if len(values) > 1 else None,
                 "difference": statistics.mean(paired) if paired and recipe != "dense" else None,
                 "int8_difference": statistics.mean(int8) if int8 else None,
-                "macs_ratio": macs[0] / group[0]["ffn_macs_per_token"] if macs else None,
+                "deployed_difference": statistics.mean(deployed) - statistics.mean(values) if deployed else None,
+                "deployed_bytes": group[0].get("deployed_bytes"),
+                "deployed_mb": group[0]["deployed_bytes"] / 1e6 if group[0].get("deployed_bytes") else None,
+                "macs_ratio": macs[0] / group[0]["ffn_macs_per_token"] if macs and macs[0] and own else None,
                 "training_tokens_per_second": statistics.mean(r["training_tokens_per_second"] for r in group),
                 **{name: group[0][name] for name in same},
             }
@@ -64,6 +69,8 @@ _COLUMNS = (
     ("spread", "{spread:.4f}", True),
     ("- dense", "{difference:+.4f}", True),
     ("int8 - float32", "{int8_difference:+.5f}", False),
+    ("deployed - float32", "{deployed_difference:+.4f}", False),
+    ("deployed MB", "{deployed_mb:.2f}", False),
     ("FFN multiply-adds", "{ffn_macs_per_token:,}", False),
     ("dense / it", "{macs_ratio:.1f}", True),
     ("FFN bytes a token", "{ffn_bytes_per_token:,}", False),
@@ -121,21 +128,31 @@ def _name(ax, marks: Sequence[tuple[float, float, str, str]]) -> None:
         text.set_in_layout(False)
 
 
+_AXES = {
+    "ffn_macs_per_token": "FFN multiply-adds a token",
+    "deployed_bytes": "bytes of the whole model, int8 linears and int4 rows",
+    "ffn_us_per_token": "FFN µs a token here, fastest form at hand",
+}
+
+
 def plot(records: Sequence[dict], path: Path) -> None:
-    """Log perplexity against multiply-adds and against measured time, a point a recipe and a panel row a horizon."""
+    """Log perplexity against multiply-adds, bytes as deployed and measured time: a point a recipe, a row a horizon.
+
+    As deployed is with linears in int8 and rows in int4; a recipe that the runtime does not have is not there.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     rows = summarise(records)
     horizons = sorted({row["tokens"] for row in rows})
-    figure = Figure(figsize=(11, 4.2 * len(horizons)), layout="constrained")
-    axes = figure.subplots(len(horizons), 2, squeeze=False)
-    for tokens, (flops, micros) in zip(horizons, axes, strict=True):
-        here = [row for row in rows if row["tokens"] == tokens]
-        for ax, key, label in (
-            (flops, "ffn_macs_per_token", "FFN multiply-adds a token"),
-            (micros, "ffn_us_per_token", "FFN µs a token here, fastest form at hand"),
-        ):
+    figure = Figure(figsize=(16, 4.2 * len(horizons)), layout="constrained")
+    axes = figure.subplots(len(horizons), 3, squeeze=False)
+    for tokens, panels in zip(horizons, axes, strict=True):
+        for ax, (key, label) in zip(panels, _AXES.items(), strict=True):
+            here = [row for row in rows if row["tokens"] == tokens and row[key] is not None]
+            ax.set(xlabel=label, ylabel="log perplexity, nats", title=f"{tokens:,} tokens")
+            if not here:
+                continue
             marks = []
             for row in here:
                 filled = "none" if row["recipe"] == "dense" else None
@@ -149,11 +166,14 @@ def plot(records: Sequence[dict], path: Path) -> None:
                     best = row["log_perplexity"]
                     front.append((row[key], best))
             ax.step(*zip(*front, strict=True), where="post", color="0.7", zorder=0, linewidth=1)
-            ax.set_xscale("log")
-            digits = "1" if max(row[key] for row in here) > 100 * min(row[key] for row in here) else "125"
+            least = min((row[key] for row in here if row[key]), default=1)
+            if all(row[key] for row in here):
+                ax.set_xscale("log")
+            else:  # no feed-forward layer
+                ax.set_xscale("symlog", linthresh=least)
+            digits = "1" if max(row[key] for row in here) > 100 * least else "125"
             for set_formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
                 set_formatter(FuncFormatter(lambda value, _, digits=digits: _tick(value, digits)))
-            ax.set(xlabel=label, ylabel="log perplexity, nats", title=f"{tokens:,} tokens")
             ax.grid(color="0.92")
             ax.margins(0.15, 0.2)  # room for the names
             _name(ax, marks)
