@@ -9,6 +9,7 @@ namespace {
 
 constexpr int32_t kMostLayers = 1 << 10;
 constexpr int32_t kMostHead = 8;
+constexpr int32_t kMostBuckets = 1 << 14;
 
 std::string field(const char* name, int64_t value) { return std::string(name) + " is " + std::to_string(value); }
 
@@ -74,7 +75,8 @@ std::string check_config(const EncoderConfig& c) {
   if (c.window ? c.global_every < 1 || c.global_every > kMostLayers : c.global_every != 0)
     return field("global_every", c.global_every);
   if (c.embedding_width < 0 || c.embedding_width > kMostFeatures) return field("embedding_width", c.embedding_width);
-  if (c.distance_buckets < 0 || c.distance_buckets % kPadding || c.distance_buckets > kMostFeatures ||
+  if (c.distance_buckets < 0 || c.distance_buckets % kPadding || c.distance_buckets > kMostBuckets ||
+      int64_t(c.heads) * c.distance_buckets > kMostFeatures ||
       (c.distance_buckets && (c.rotary || c.relative || c.window || c.causal)))
     return field("distance_buckets", c.distance_buckets);
   if (c.first_position < 0 || c.first_position >= c.max_positions) return field("first_position", c.first_position);
@@ -245,10 +247,11 @@ std::string open_encoder(Bytes model, Encoder* e) {
     if (!bare && !(wrong = norm("attention norm", c.width, &l.attention_norm)).empty()) return wrong;
     if (!(wrong = records.next("query, key, value", open_linear, &l.query_key_value)).empty()) return wrong;
     if (!(wrong = fits("query, key, value", l.query_key_value, c.width, 3 * c.attention_width())).empty()) return wrong;
-    for (auto [name, l] : {std::pair("position keys", &l.position_keys), {"position queries", &l.position_queries}}) {
+    for (Linear* by_bucket : {&l.position_keys, &l.position_queries}) {
       if (!c.distance_buckets) break;
-      if (!(wrong = records.next(name, open_linear, l)).empty()) return wrong;
-      if (!(wrong = fits(name, *l, c.head_dim, c.heads * c.distance_buckets)).empty()) return wrong;
+      const char* const name = by_bucket == &l.position_keys ? "position keys" : "position queries";
+      if (!(wrong = records.next(name, open_linear, by_bucket)).empty()) return wrong;
+      if (!(wrong = fits(name, *by_bucket, c.head_dim, c.heads * c.distance_buckets)).empty()) return wrong;
     }
     if (!(wrong = records.next("output", open_linear, &l.output)).empty()) return wrong;
     if (!(wrong = fits("output", l.output, c.attention_width(), c.width)).empty()) return wrong;
