@@ -218,6 +218,10 @@ std::string test_models(const Options& options) {
     for (size_t field = 0; field < sizeof(EncoderConfig) / 4; field++)
       for (int32_t value : {-1, kLeast, kMost})
         refusals.expect_at(text("number %zu", field), sizeof(RecordHeader) + 4 * field, value);
+    // Too many of them for the workspace of a text, whatever the records hold: a model without layers has none.
+    for (int32_t value : {1, c.distance_buckets + 32, kMostFeatures})
+      if (c.distance_buckets)
+        refusals.expect_at("buckets", sizeof(RecordHeader) + offsetof(EncoderConfig, distance_buckets), value);
     for (int i = 0; i < count; i++) {
       const Place place = model.places[size_t(i)];
       const uint64_t size = model.bytes.size();

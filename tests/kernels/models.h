@@ -197,8 +197,10 @@ inline Model random_model(Random& random, bool alike = false) {
     c.window = random.between(1, std::min(12, c.max_positions));
     c.global_every = random.between(1, 3);
   }
-  if (!c.relative && !c.causal && !c.rotary && !c.window && random.one_in(2))
+  if (random.one_in(4)) {  // which none of these goes with
     c.distance_buckets = random.pick({64, 128, 192});
+    c.causal = c.relative = c.rotary = c.window = c.global_every = 0;
+  }
   c.embedding_width = random.pick({0, 0, 1, 64, 70, 130});
   const WeightType floats = random.one_in(2) ? WeightType::kFloat32 : WeightType::kBFloat16;
   const WeightType type = alike || random.one_in(3) ? floats : WeightType::kInt8;
