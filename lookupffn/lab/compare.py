@@ -35,7 +35,7 @@ from lookupffn.lab.report.comparison import markdown, plot, show
 from lookupffn.layer import LookupFFN
 from lookupffn.runtime.export import export
 from lookupffn.runtime.packed import pack
-from lookupffn.runtime.session import Session
+from lookupffn.runtime.session import MODEL_FILE, Session
 from lookupffn.train.config import PretrainConfig
 from lookupffn.train.data import PretrainingData
 from lookupffn.train.pretrain import curve, datasets, evaluate, log_perplexity, loss_sums, read_metrics
@@ -294,7 +294,7 @@ def _deployed(run: Run) -> dict:
             ids = torch.stack([item["input_ids"] for item in items])
             logits = torch.from_numpy(session.logits(ids, places=labels != -100))
             sums += loss_sums(logits, labels[labels != -100])
-        bytes_of_file = (Path(folder) / "model.safetensors").stat().st_size
+        bytes_of_file = (Path(folder) / MODEL_FILE).stat().st_size
     found = {"log_perplexity_deployed": log_perplexity(sums)["log_perplexity"], "deployed_bytes": bytes_of_file}
     atomic_write(kept, json.dumps(found) + "\n")
     return found
